@@ -1,0 +1,1 @@
+"""Engines that make a Spectrum: dense, factored and sketched routes, and the choice among them."""
