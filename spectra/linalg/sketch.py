@@ -1,0 +1,150 @@
+"""Top-k singular values by randomized block Lanczos, with a certificate that nothing larger was missed.
+
+Three parts, each a few passes over the matrix and all else small:
+
+1. *Block Lanczos* (Golub, Luk and Overton, ACM TOMS 7, 1981; as a randomized method: Musco and Musco, NeurIPS 2015): an
+   orthonormal basis Q of span{AΩ, (AAᵀ)AΩ, …} grown a block at a time. AᵀQ falls out of the recurrence, so that
+   Rayleigh–Ritz needs no further pass.
+2. *Residuals* AAᵀu_i − s_i²u_i of the leading vectors: one pass.
+3. *Tail norm*: block Lanczos from a fresh random start on R = (I − UUᵀ)A. A start that is not chosen by looking at A
+   cannot be blind to a direction except with a probability that Kuczyński and Woźniakowski bound for every matrix.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from spectra.linalg.matrix import Matrix
+from spectra.theory.bounds import rayleigh_ritz_upper
+from spectra.values import Certificate, Spectrum
+
+# Width past the k values asked for, and number of blocks. On a 4096 × 4096 matrix with a power-law spectrum in noise
+# and k = 64, four blocks of k + 16 find the 64th value to 1.3 % and certify the 32nd to 6 %; three leave 6 % and 27 %,
+# at nine tenths of the time.
+OVERSAMPLE = 16
+BLOCKS = 4
+
+# The tail's own Lanczos run: 16 columns cost a matrix pass little more than one, and seven blocks keep the bound within
+# 1.13 of the truth at a failure probability of 1e-9.
+TAIL_WIDTH = 16
+TAIL_BLOCKS = 7
+FAILURE_PROBABILITY = 1e-9
+
+# Error of a value from float32 products, in units of ε·σ₁. The largest seen over planted spectra of 256 to 4096 rows
+# was 2.1; the factor leaves room for longer inner products.
+_ROUNDOFF = 8.0
+
+
+def truncated(matrix: Matrix, rank: int, *, seed: int = 0, blocks: int = BLOCKS) -> Spectrum:
+    """Top `rank` singular triplets with a certificate.
+
+    Parameters
+    ----------
+    matrix : Matrix
+        Validated (rows, cols) matrix of float32 or float64, on any device.
+    rank : int
+        k, 1 ≤ k < min(rows, cols).
+    seed : int
+        Seed of both random starts; the same seed gives the same bytes on one machine.
+    blocks : int
+        Blocks of the Krylov space; each costs two passes over the matrix.
+
+    Returns
+    -------
+    Spectrum
+        k values with left and right vectors, deterministic `gap` and probabilistic `tail_norm`.
+    """
+    a = matrix.scaled
+    width = min(rank + OVERSAMPLE, min(a.shape))
+    generator = torch.Generator().manual_seed(seed)
+    blocks = min(blocks, max(1, min(a.shape) // width))
+    q, w = _krylov(a, width, blocks, generator)
+    # Rayleigh–Ritz: QᵀA = Wᵀ, whose left vectors and values come from the small Gram matrix in float64.
+    w64 = w.double()
+    squares, turn = torch.linalg.eigh(w64.T @ w64)
+    squares, turn = squares.flip(0)[:rank].clamp_min(0.0), turn.flip(1)[:, :rank]
+    left = q @ turn.to(q.dtype)  # (rows, rank)
+    image = w @ turn.to(w.dtype)  # (cols, rank): Aᵀu_i = s_i v_i
+    residuals = torch.linalg.vector_norm((a @ image).double() - left.double() * squares, dim=0)
+    tail = tail_norm(a, left, generator)
+
+    values = np.minimum.accumulate(squares.sqrt().cpu().numpy())
+    upper = rayleigh_ritz_upper(values, residuals.cpu().numpy(), tail) * matrix.scale
+    values = values * matrix.scale
+    roundoff = _ROUNDOFF * torch.finfo(a.dtype).eps * float(values[0])
+    signs = torch.sign(left.gather(0, left.abs().argmax(0, keepdim=True)))  # (1, rank): largest entry positive
+    right = torch.nn.functional.normalize(image, dim=0, eps=torch.finfo(image.dtype).tiny)
+    return Spectrum(
+        values,
+        matrix.shape,
+        matrix.frobenius,
+        Certificate(
+            method=f"block Lanczos in {str(a.dtype).removeprefix('torch.')}, {blocks} blocks of {width} columns",
+            gap=math.sqrt(max(0.0, matrix.frobenius**2 - float(np.sum(values**2)))) + roundoff,
+            tail_norm=float(upper[-1]) + roundoff,
+            roundoff=roundoff,
+            failure_probability=FAILURE_PROBABILITY,
+            seed=seed,
+            upper=upper[:-1],
+        ),
+        left=(left * signs).cpu().numpy(),
+        right=(right * signs).T.cpu().numpy(),
+    )
+
+
+def _krylov(a: torch.Tensor, width: int, blocks: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal Q (rows, blocks·width) of the block Krylov space of AAᵀ, and W = AᵀQ (cols, blocks·width)."""
+    start = torch.randn(a.shape[1], width, generator=generator, dtype=a.dtype).to(a.device)
+    rows, cols = a.shape
+    q = a.new_empty(rows, blocks * width)
+    w = a.new_empty(cols, blocks * width)
+    new = a @ start
+    for j in range(blocks):
+        known, here = q[:, : j * width], slice(j * width, (j + 1) * width)
+        q[:, here] = _orthonormal_against(new, known)
+        w[:, here] = a.T @ q[:, here]
+        if j + 1 < blocks:
+            new = a @ w[:, here]
+    return q, w
+
+
+def _orthonormal_against(new: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Orthonormal basis of new, orthogonal to the orthonormal known; twice is enough (Kahan, in Parlett 1980)."""
+    for _ in range(2):
+        new = new - known @ (known.T @ new)
+        new = torch.linalg.qr(new)[0]
+    return new
+
+
+def tail_norm(a: torch.Tensor, left: torch.Tensor, generator: torch.Generator) -> float:
+    """Upper bound on ‖(I − UUᵀ)A‖₂, U = left, that fails with probability at most `FAILURE_PROBABILITY`.
+
+    After k steps from a start uniform on the sphere of ℝⁿ, Lanczos' estimate of λ_max of RᵀR falls short by more than
+    a share ε with probability at most 1.648 √n e^{−√ε(2k−1)} (J. Kuczyński and H. Woźniakowski, SIAM J. Matrix Anal.
+    Appl. 13, 1992, thm 4.2). A block of b independent starts contains each of their Krylov spaces, so all b must fail at
+    once: that probability to the power b. Solved for ε, the estimate divided by 1 − ε is the bound.
+    """
+    cols = a.shape[1]
+    width = min(TAIL_WIDTH, min(a.shape))
+    blocks = min(TAIL_BLOCKS, max(1, cols // width))
+    basis = torch.linalg.qr(torch.randn(cols, width, generator=generator, dtype=a.dtype).to(a.device))[0]
+    image = _deflated(a @ basis, left)
+    images = [image]
+    for _ in range(blocks - 1):
+        new = _orthonormal_against(a.T @ image, basis)
+        basis = torch.cat([basis, new], dim=1)
+        image = _deflated(a @ new, left)
+        images.append(image)
+    z = torch.cat(images, dim=1).double()
+    largest = float(torch.linalg.eigvalsh(z.T @ z)[-1].clamp_min(0.0))
+    if basis.shape[1] >= cols:
+        return math.sqrt(largest)  # the Krylov space is the whole space
+    root = (math.log(1.648 * math.sqrt(cols)) - math.log(FAILURE_PROBABILITY) / width) / (2 * blocks - 1)
+    return math.sqrt(largest / (1.0 - root**2)) if root < 1.0 else math.inf
+
+
+def _deflated(vectors: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    return vectors - left @ (left.T @ vectors)
