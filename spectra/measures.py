@@ -451,6 +451,7 @@ def _check_share(share: float) -> None:
 # Decay ------------------------------------------------------------------------------------------------------------
 
 MIN_POWER_LAW_TAIL = 50  # below this Clauset, Shalizi and Newman call the fit unreliable (their section 3.3)
+_POWER_LAW_STARTS = 96  # candidates for the start of the tail, log-spaced: neighbours give the same exponent to 1 %
 
 
 def decay_exponent(spectrum: Spectrum) -> float:
@@ -474,17 +475,13 @@ def decay_exponent(spectrum: Spectrum) -> float:
             f"a power law needs at least {MIN_POWER_LAW_TAIL} non-zero singular values; this matrix has {len(tail)}"
         )
     logs = 2.0 * np.log(tail)  # descending: the first m are the tail that starts at the m-th
-    sizes = np.arange(1, len(logs) + 1)
-    excess = np.cumsum(logs) - sizes * logs
+    excess = np.cumsum(logs) - np.arange(1, len(logs) + 1) * logs
+    starts = np.unique(np.geomspace(MIN_POWER_LAW_TAIL, len(logs), _POWER_LAW_STARTS).astype(int))
     best = (math.inf, math.nan)
-    for size in range(MIN_POWER_LAW_TAIL, len(logs) + 1):
-        if excess[size - 1] <= 0.0:
-            continue
+    for size in starts[excess[starts - 1] > 0.0]:
         alpha = 1.0 + size / excess[size - 1]
         fitted = np.exp((1.0 - alpha) * (logs[:size] - logs[size - 1]))  # survival function at each value
-        distance = max(
-            float(np.max(np.abs(fitted - sizes[:size] / size))),
-            float(np.max(np.abs(fitted - (sizes[:size] - 1) / size))),
-        )
-        best = min(best, (distance, alpha))
+        above = fitted - np.arange(1, size + 1) / size
+        distance = max(-float(above.min()), float(above.max()) + 1.0 / size)  # Kolmogorov–Smirnov, both sides of a step
+        best = min(best, (distance, float(alpha)))
     return best[1]

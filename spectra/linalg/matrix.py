@@ -20,15 +20,26 @@ _LAPACK_LIMIT = 2**31 - 1  # 32-bit LAPACK counts entries of one operand in an i
 
 @dataclass(frozen=True)
 class Matrix:
-    """A finite matrix as `scale` · `scaled`, with max |scaled| in [½, 1) unless the matrix is zero.
-
-    The scale is a power of two, so that `scaled` is exact and neither squares nor fourth powers leave the range of
-    its dtype.
-    """
+    """A finite matrix as `scale` · `scaled`, the scale a power of two that keeps squares in the range of the dtype."""
 
     scaled: torch.Tensor  # (rows, cols) float32 or float64
     scale: float
     frobenius: float  # of the matrix itself, not of scaled
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, frobenius: float | None = None, *, largest: float | None = None) -> Matrix:
+        """Scale a finite float32 or float64 matrix whose norm or largest entry may already be known."""
+        if largest is None:
+            low, high = torch.aminmax(tensor)
+            largest = max(-float(low), float(high))
+        exponent = math.frexp(largest)[1]
+        # Matrices of ordinary size stay where they lie: a copy costs memory, and their squares are safe.
+        if largest == 0.0 or abs(exponent) <= 24:
+            return cls(tensor, 1.0, math.sqrt(sum_of_squares(tensor)) if frobenius is None else frobenius)
+        # In two steps, since 2^1074 is past float64.
+        half = exponent // 2
+        scaled = (tensor.double() * 2.0**-half * 2.0 ** (half - exponent)).to(tensor.dtype)
+        return cls(scaled, 2.0**exponent, math.sqrt(sum_of_squares(scaled)) * 2.0**exponent)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,12 +83,7 @@ def as_matrix(array: Any, *, name: str = "the matrix", device: str | torch.devic
     if not math.isfinite(largest):
         count = sum(int((~torch.isfinite(rows)).sum()) for rows in row_blocks(tensor))
         raise NonFiniteMatrix(f"{name} holds {count} NaN or infinite entries of {tensor.numel()}")
-    scale = 2.0 ** math.frexp(largest)[1] if largest > 0 else 1.0
-    # Leave matrices of ordinary size where they lie: a copy costs memory, and squares are safe for them.
-    if 2.0**-24 <= scale <= 2.0**24:
-        return Matrix(tensor, 1.0, math.sqrt(sum_of_squares(tensor)))
-    scaled = torch.ldexp(tensor.double(), torch.tensor(-math.frexp(largest)[1])).to(tensor.dtype)
-    return Matrix(scaled, scale, math.sqrt(sum_of_squares(scaled)) * scale)
+    return Matrix.of(tensor, largest=largest)
 
 
 def row_blocks(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -88,7 +94,8 @@ def row_blocks(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def sum_of_squares(tensor: torch.Tensor) -> float:
     """Σ a² with every square and sum in float64."""
-    return math.fsum(float(torch.linalg.vecdot(r, r).sum()) for r in (b.double() for b in row_blocks(tensor)))
+    blocks = (rows.to(torch.float64, copy=True).square_() for rows in row_blocks(tensor))
+    return math.fsum(float(squares.sum()) for squares in blocks)
 
 
 def too_large_for_lapack(rows: int, cols: int) -> bool:

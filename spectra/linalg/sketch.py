@@ -124,8 +124,8 @@ def tail_norm(a: torch.Tensor, left: torch.Tensor, generator: torch.Generator) -
 
     After k steps from a start uniform on the sphere of ℝⁿ, Lanczos' estimate of λ_max of RᵀR falls short by more than
     a share ε with probability at most 1.648 √n e^{−√ε(2k−1)} (J. Kuczyński and H. Woźniakowski, SIAM J. Matrix Anal.
-    Appl. 13, 1992, thm 4.2). A block of b independent starts contains each of their Krylov spaces, so all b must fail at
-    once: that probability to the power b. Solved for ε, the estimate divided by 1 − ε is the bound.
+    Appl. 13, 1992, thm 4.2). A block of b independent starts contains each of their Krylov spaces, so all b must
+    fail at once: that probability to the power b. Solved for ε, the estimate divided by 1 − ε is the bound.
     """
     cols = a.shape[1]
     width = min(TAIL_WIDTH, min(a.shape))

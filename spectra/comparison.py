@@ -1,0 +1,467 @@
+"""`compare`: spectra and measures of every update between two checkpoints, journalled, resumable, within memory.
+
+Small matrices go side by side, one thread each; large ones one after the other, with every thread. Which is which
+depends on the matrix alone, so that the numbers are the same bits however many run at once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from threadpoolctl import threadpool_limits
+from tqdm.auto import tqdm
+
+from spectra.checkpoints import Adapter, Checkpoint
+from spectra.checkpoints.names import Pairing
+from spectra.delta import AnyDelta, LowRankDelta, as_base, is_float, name_filter, opened, pair_checkpoints
+from spectra.errors import MismatchError, OutOfMemory, UsageError
+from spectra.journal import Journal
+from spectra.linalg.route import Route, choose
+from spectra.record import Question, Record, described, measured
+from spectra.run import Run
+from spectra.version import __version__
+
+# Entries up to which a matrix is measured by one thread beside others: BLAS gains little from a second thread below
+# (1024 × 1024: 1.3×), and two matrices at a time gain 2×.
+SMALL_ENTRIES = 1 << 22
+
+# Least share of tensors that must match before a comparison means anything.
+LEAST_MATCH = 0.95
+
+# min(rows, cols) up to which every singular value is taken by default: beyond, the cube of it is felt (2048: under a
+# second a matrix, 4096: six) and the top values are certified instead.
+EXACT_BELOW = 2048
+DEFAULT_RANK = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison would do: which tensors are read, by which route each goes, what it costs.
+
+    Parameters
+    ----------
+    base, tuned : Checkpoint or Adapter
+    pairing : Pairing
+    deltas : dict of str to delta
+        Updates to measure, by name.
+    records : tuple of dict
+        One row a tensor, before measuring.
+    question : Question
+    exact : bool
+        Whether every singular value is taken whatever the size.
+    settings : dict
+        Flags the result depends on.
+    """
+
+    base: Checkpoint
+    tuned: Checkpoint | Adapter
+    pairing: Pairing
+    deltas: Mapping[str, AnyDelta]
+    records: tuple[Record, ...]
+    question: Question
+    exact: bool
+    settings: Mapping[str, Any]
+
+    def route(self, name: str) -> Route | None:
+        """Route that the matrix of a name is expected to take; None for vectors, adapters' factors and integers."""
+        delta = self.deltas[name]
+        rows, cols = delta.shape
+        if isinstance(delta, LowRankDelta) or min(rows, cols) <= 1 or not is_float(delta.base_info.dtype):
+            return None
+        itemsize = 8 if "F64" in (delta.base_info.dtype, delta.tuned_info.dtype) else 4
+        limit = self.question.max_bytes - _resident_bytes(delta)
+        return choose(rows, cols, rank=self.rank(delta), itemsize=itemsize, max_bytes=limit)
+
+    def rank(self, delta: AnyDelta) -> int | None:
+        """How many values are asked of one update."""
+        if self.exact or self.question.rank is not None:
+            return self.question.rank
+        return None if min(delta.shape) <= EXACT_BELOW else DEFAULT_RANK
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes to read from both checkpoints."""
+        return sum(delta.base_info.nbytes + delta.tuned_info.nbytes for delta in self.deltas.values())
+
+    def lines(self) -> list[str]:
+        """The plan in words, for a terminal."""
+        said = [
+            f"{self.pairing.matched} of {self.pairing.total} tensors match ({self.pairing.share:.1%})",
+            *self.pairing.transforms,
+            f"{len(self.deltas)} updates to measure, {self.bytes / 1e6:,.0f} MB to read",
+        ]
+        groups: dict[str, list[str]] = {}
+        for name, delta in self.deltas.items():
+            try:
+                route = self.route(name)
+            except OutOfMemory as error:
+                groups.setdefault(str(error), []).append(name)
+                continue
+            kind = (
+                "adapter factors" if isinstance(delta, LowRankDelta) else "norms only" if route is None else route.name
+            )
+            reason = "" if route is None else f": {route.reason}"
+            groups.setdefault(f"{kind}{reason}", []).append(name)
+        return said + [f"  {len(names):5d} × {kind}" for kind, names in groups.items()]
+
+
+def plan(
+    base: Any,
+    tuned: Any,
+    *,
+    rank: int | None = None,
+    exact: bool = False,
+    include: str | None = None,
+    exclude: str | None = None,
+    device: str | None = None,
+    max_memory: int | None = None,
+    seed: int = 0,
+    trust_pickle: bool = False,
+    offline: bool = False,
+    allow_partial: bool = False,
+) -> Plan:
+    """Open and pair two checkpoints, and say what comparing them would do; only headers are read.
+
+    Parameters are those of `compare`.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    CheckpointError, MismatchError, UsageError
+        As `compare`.
+    """
+    if rank is not None and (exact or rank < 1):
+        raise UsageError(f"rank = {rank} and exact = {exact}: give a positive rank, or exact, or neither")
+    wanted = name_filter(include, exclude)
+    opened_base = as_base(opened(base, trust_pickle=trust_pickle, offline=offline))
+    opened_tuned = opened(tuned, trust_pickle=trust_pickle, offline=offline)
+    pairing, found = pair_checkpoints(opened_base, opened_tuned)
+    if pairing.share < LEAST_MATCH and not allow_partial:
+        raise MismatchError(_mismatch_message(opened_base, opened_tuned, pairing))
+    pairs = [pair for pair in pairing.pairs if wanted(pair.name)]
+    if not pairs:
+        raise UsageError(f"no tensor is left by include = {include!r}, exclude = {exclude!r}")
+    infos, tuned_infos = opened_base.infos(), opened_tuned.infos()
+    records = tuple(
+        described(pair, infos.get(pair.base or ""), _tuned_info(pair.name, pair.tuned, found, tuned_infos))
+        for pair in pairs
+    )
+    settings = {
+        "rank": rank,
+        "exact": exact,
+        "include": include,
+        "exclude": exclude,
+        "seed": seed,
+        "device": device,
+        "max_memory": max_memory,
+        "allow_partial": allow_partial,
+        "route": "auto",
+    }
+    limit = _physical_memory() // 2 if max_memory is None else max_memory
+    names = {pair.name for pair in pairs}
+    return Plan(
+        opened_base,
+        opened_tuned,
+        pairing,
+        {name: delta for name, delta in found.items() if name in names},
+        records,
+        Question(rank=rank, seed=seed, max_bytes=limit, device=device),
+        exact,
+        settings,
+    )
+
+
+def compare(
+    base: Any,
+    tuned: Any,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    rank: int | None = None,
+    exact: bool = False,
+    include: str | None = None,
+    exclude: str | None = None,
+    jobs: int | None = None,
+    device: str | None = None,
+    max_memory: int | None = None,
+    resume: bool = True,
+    seed: int = 0,
+    trust_pickle: bool = False,
+    offline: bool = False,
+    allow_partial: bool = False,
+    progress: bool = True,
+) -> Run:
+    """Measure the update of every tensor between two checkpoints.
+
+    Parameters
+    ----------
+    base, tuned : path, hub id ``org/name@revision``, Checkpoint or Adapter
+        The tuned side may be a PEFT adapter folder of the base.
+    out : path, optional
+        Folder of the journal. With it an interrupted comparison goes on where it stopped.
+    rank : int, optional
+        How many of the largest singular values to certify; where all cost no more, all are taken. By default all
+        up to a smaller dimension of 2048, and the top 64 beyond.
+    exact : bool
+        All singular values of every matrix.
+    include, exclude : str, optional
+        Regular expressions searched in the tensors' canonical names.
+    jobs : int, optional
+        Small matrices to measure at a time; by default one a core. The numbers do not depend on it.
+    device : str, optional
+        Where to compute, for instance ``"cuda"``.
+    max_memory : int, optional
+        Bytes allowed for matrices and their decompositions; by default half the machine's.
+    resume : bool
+        Take up the journal in `out`; otherwise begin anew.
+    seed : int
+        Seed of the randomized routes.
+    trust_pickle : bool
+        Read ``.bin``/``.pt`` files, with torch's restricted unpickler.
+    offline : bool
+        Never ask the hub.
+    allow_partial : bool
+        Go on where fewer than 95 % of the tensors match.
+    progress : bool
+        Show a bar for anything longer than two seconds.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    CheckpointError
+        If a checkpoint cannot be opened (`UnsafeCheckpoint` where it lies about itself).
+    MismatchError
+        If fewer than 95 % of the tensors match.
+    UsageError
+        If arguments contradict each other or leave nothing to do.
+    JournalError
+        If the folder is in use, or was begun with other inputs or flags.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tempfile import TemporaryDirectory
+    >>> from safetensors.torch import save_file
+    >>> with TemporaryDirectory() as folder:
+    ...     save_file({"w": torch.eye(4)}, f"{folder}/a.safetensors")
+    ...     save_file({"w": torch.eye(4) + torch.ones(4, 4)}, f"{folder}/b.safetensors")
+    ...     run = compare(f"{folder}/a.safetensors", f"{folder}/b.safetensors", progress=False)
+    >>> run.frame.status[0], round(run.frame.spectral_norm[0], 6), int(run.frame.rank_99[0])
+    ('ok', 4.0, 1)
+    """
+    todo = plan(
+        base,
+        tuned,
+        rank=rank,
+        exact=exact,
+        include=include,
+        exclude=exclude,
+        device=device,
+        max_memory=max_memory,
+        seed=seed,
+        trust_pickle=trust_pickle,
+        offline=offline,
+        allow_partial=allow_partial,
+    )
+    return execute(todo, out=out, jobs=jobs, resume=resume, progress=progress)
+
+
+def execute(
+    todo: Plan,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    jobs: int | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> Run:
+    """Carry out a plan; parameters, returns and errors are those of `compare`."""
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"jobs = {jobs}: at least one matrix must be measured at a time")
+    info = _info(todo)
+    fingerprint = {key: info[key] for key in ("base", "tuned", "settings", "versions", "threads")}
+    with Journal(Path(out), fingerprint, resume=resume) if out is not None else nullcontext() as journal:
+        finished = journal.rows() if journal is not None else {}
+        missing = [
+            record for record in todo.records if record["name"] in todo.deltas and record["name"] not in finished
+        ]
+        with _bar(todo, missing, progress) as advance:
+            for row in _measure_all(todo, missing, jobs or os.cpu_count() or 1):
+                finished[row["name"]] = row
+                if journal is not None:
+                    journal.write(row)
+                advance(row)
+    return Run(tuple(finished.get(record["name"], record) for record in todo.records), info)
+
+
+def _measure_all(todo: Plan, records: list[Record], jobs: int) -> Iterator[Record]:
+    """Rows as they are finished: small matrices side by side on one thread each, then large ones on all threads."""
+    deltas = todo.deltas
+    small = [r for r in records if math.prod(deltas[r["name"]].shape) <= SMALL_ENTRIES]
+    large = [r for r in records if math.prod(deltas[r["name"]].shape) > SMALL_ENTRIES]
+    threads = torch.get_num_threads()
+
+    def measure(record: Record) -> Record:
+        delta = deltas[record["name"]]
+        limit = todo.question.max_bytes - _resident_bytes(delta)
+        question = Question(todo.rank(delta), todo.question.route, todo.question.seed, limit, todo.question.device)
+        return measured(delta, record, question)
+
+    with _threads(1):
+        yield from _side_by_side(measure, small, jobs, todo)
+    with _threads(threads):
+        for record in large:
+            yield measure(record)
+
+
+def _side_by_side(
+    measure: Callable[[Record], Record], records: list[Record], jobs: int, todo: Plan
+) -> Iterator[Record]:
+    """Measure records in a pool, never more at a time than memory admits."""
+    # torch's setting is one a thread, so every worker sets its own.
+    pool = ThreadPoolExecutor(jobs, thread_name_prefix="spectra", initializer=torch.set_num_threads, initargs=(1,))
+    running: dict[Future[Record], int] = {}
+    try:
+        for record in records:
+            need = _peak_bytes(todo.deltas[record["name"]])
+            while len(running) >= jobs or (running and sum(running.values()) + need > todo.question.max_bytes):
+                yield from _finished(running)
+            running[pool.submit(measure, record)] = need
+        while running:
+            yield from _finished(running)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finished(running: dict[Future[Record], int]) -> Iterator[Record]:
+    done, _ = wait(running, return_when=FIRST_COMPLETED)
+    for future in done:
+        del running[future]
+        yield future.result()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with threadpool_limits(count):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _bar(todo: Plan, records: list[Record], progress: bool) -> Iterator[Callable[[Record], None]]:
+    """Progress in multiply-adds, which is what the time goes by, shown only for what takes longer than two seconds."""
+    work = {record["name"]: _work(todo.deltas[record["name"]]) for record in records}
+    with tqdm(
+        total=sum(work.values()),
+        delay=2.0,
+        disable=not progress,
+        leave=False,
+        bar_format="{percentage:3.0f}% |{bar}| {elapsed} gone, about {remaining} left{postfix}",
+    ) as bar:
+        guard = threading.Lock()
+
+        def advance(row: Record) -> None:
+            with guard:
+                bar.set_postfix_str("".join(c if c.isprintable() else "?" for c in row["name"][-40:]), refresh=False)
+                bar.update(work[row["name"]])
+
+        yield advance
+
+
+def _work(delta: AnyDelta) -> float:
+    rows, cols = delta.shape
+    return float(rows * cols) * (64 + min(rows, cols))
+
+
+def _resident_bytes(delta: AnyDelta) -> int:
+    """Bytes of both stored tensors and of their difference."""
+    wide = 8 if "F64" in (delta.base_info.dtype, delta.tuned_info.dtype) else 4
+    return delta.base_info.nbytes + delta.tuned_info.nbytes + wide * math.prod(delta.shape)
+
+
+def _peak_bytes(delta: AnyDelta) -> int:
+    rows, cols = delta.shape
+    return _resident_bytes(delta) + 8 * (2 * min(rows, cols) ** 2 + 2048 * min(rows, cols))
+
+
+def _tuned_info(name: str, tuned_name: str | None, found: Mapping[str, AnyDelta], infos: Mapping[str, Any]) -> Any:
+    return found[name].tuned_info if name in found else infos.get(tuned_name or "")
+
+
+def _physical_memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return 16 << 30
+
+
+def _mismatch_message(base: Checkpoint, tuned: Checkpoint | Adapter, pairing: Pairing) -> str:
+    unmatched = [pair for pair in pairing.pairs if pair.status in ("base_only", "tuned_only", "shape_mismatch")]
+    shown = [f"  {pair.name}: {pair.status} {pair.reason}".rstrip() for pair in unmatched[:8]]
+    more = [f"  … and {len(unmatched) - 8} more"] if len(unmatched) > 8 else []
+    return "\n".join(
+        [
+            f"only {pairing.matched} of {pairing.total} tensors of {base.ref} and {tuned.ref} match "
+            f"({pairing.share:.0%}, {LEAST_MATCH:.0%} are needed): are they one architecture?",
+            *shown,
+            *more,
+            "To compare what does match, add --allow-partial (allow_partial=True)",
+        ]
+    )
+
+
+def _info(todo: Plan) -> dict[str, Any]:
+    """Where the rows of a run came from; the same inputs and flags give the same dictionary."""
+    return {
+        "base": _side_info(todo.base),
+        "tuned": _side_info(todo.tuned),
+        "matching": {
+            "matched": todo.pairing.matched,
+            "total": todo.pairing.total,
+            "share": todo.pairing.share,
+            "transforms": list(todo.pairing.transforms),
+        },
+        "settings": dict(todo.settings),
+        "versions": {
+            "spectra": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "numpy", "scipy", "safetensors")},
+        },
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _side_info(checkpoint: Checkpoint | Adapter) -> dict[str, Any]:
+    infos: Iterable[Any] = checkpoint.infos().values()
+    return {
+        "ref": str(checkpoint.ref),
+        "kind": "adapter" if isinstance(checkpoint, Adapter) else "checkpoint",
+        "tensors": len(checkpoint),
+        "parameters": sum(math.prod(info.shape) for info in infos),
+        "bytes": sum(info.nbytes for info in infos),
+        "revision": checkpoint.revision,
+        "digests": [
+            {"name": digest.name, "bytes": digest.bytes, "sha256": digest.sha256, "sampled": digest.sampled}
+            for digest in checkpoint.digests()
+        ],
+    }

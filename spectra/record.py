@@ -1,0 +1,276 @@
+"""One row of a run: every measure of one tensor's update, as plain numbers that survive JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from spectra import measures
+from spectra.checkpoints import TensorInfo
+from spectra.checkpoints.names import Pair, layer_and_role
+from spectra.delta import AnyDelta, Delta, Difference, LowRankDelta, RouteChoice, is_float, matrix_shape
+from spectra.errors import (
+    CheckpointError,
+    IncompleteSpectrum,
+    MatrixError,
+    NonFiniteMatrix,
+    OutOfMemory,
+    UnsupportedFormat,
+)
+from spectra.theory.noise import finite_edge, gavish_donoho_unknown, noise_std
+from spectra.values import Certificate, Spectrum
+
+ERROR_RANKS = (1, 2, 4, 8, 16, 32, 64)
+ENERGY_SHARES = (50, 90, 95, 99)
+
+# Measures that a truncated spectrum gives as an interval, each with its twin.
+_Measure = Callable[[Spectrum], float]
+_Interval = Callable[[Spectrum], measures.Bounds]
+_BOUNDED: dict[str, tuple[_Measure, _Interval]] = {
+    "spectral_norm": (measures.spectral_norm, measures.spectral_norm_bounds),
+    "nuclear_norm": (measures.nuclear_norm, measures.nuclear_norm_bounds),
+    "signal_rank": (measures.signal_rank, measures.signal_rank_bounds),
+    "stable_rank": (measures.stable_rank, measures.stable_rank_bounds),
+    "entropy_rank": (measures.entropy_rank, measures.entropy_rank_bounds),
+    "entropy_rank_energy": (measures.entropy_rank_energy, measures.entropy_rank_energy_bounds),
+    "participation_ratio": (measures.participation_ratio, measures.participation_ratio_bounds),
+    "numerical_rank": (measures.numerical_rank, measures.numerical_rank_bounds),
+    **{
+        f"rank_{percent}": (
+            lambda s, share=percent / 100: measures.energy_rank(s, share),
+            lambda s, share=percent / 100: measures.energy_rank_bounds(s, share),
+        )
+        for percent in ENERGY_SHARES
+    },
+    **{
+        f"error_r{rank}": (
+            lambda s, rank=rank: measures.truncation_error(s, min(rank, s.rank_limit)),
+            lambda s, rank=rank: measures.truncation_error_bounds(s, rank),
+        )
+        for rank in ERROR_RANKS
+    },
+}
+
+TEXT_COLUMNS = ("name", "role", "dtype_base", "dtype_tuned", "status", "reason", "route")
+INTEGER_COLUMNS = (
+    "layer",
+    "rows",
+    "cols",
+    "signal_rank",
+    "numerical_rank",
+    *(f"rank_{percent}" for percent in ENERGY_SHARES),
+    "mp_rank",
+    "gd_rank",
+)
+COLUMNS = (
+    "name",
+    "layer",
+    "role",
+    "rows",
+    "cols",
+    "dtype_base",
+    "dtype_tuned",
+    "status",
+    "reason",
+    "route",
+    "frobenius",
+    "relative_frobenius",
+    "base_frobenius",
+    "spectral_norm",
+    "nuclear_norm",
+    "storage_floor",
+    "storage_frobenius",
+    "zero_fraction",
+    "merge_loss",
+    "signal_rank",
+    "stable_rank",
+    "entropy_rank",
+    "entropy_rank_energy",
+    "participation_ratio",
+    "numerical_rank",
+    *(f"rank_{percent}" for percent in ENERGY_SHARES),
+    *(f"error_r{rank}" for rank in ERROR_RANKS),
+    "mp_edge",
+    "mp_rank",
+    "gd_rank",
+    "decay_exponent",
+    "gap",
+    "tail_norm",
+    "roundoff",
+    "singular_values",
+    "singular_values_high",
+    *(f"{name}_{end}" for name in _BOUNDED for end in ("low", "high")),
+)
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every update: how many values, by which route, from which seed, in how much memory."""
+
+    rank: int | None = None
+    route: RouteChoice = "auto"
+    seed: int = 0
+    max_bytes: float = math.inf
+    device: str | None = None
+
+
+def described(pair: Pair, base: TensorInfo | None, tuned: TensorInfo | None) -> Record:
+    """Give the row of a pair before anything is read: names, shape, dtypes, status."""
+    layer, role = layer_and_role(pair.name)
+    shape = (base or tuned).shape if base or tuned else ()  # type: ignore[union-attr]  # one of them is there
+    rows, cols = matrix_shape(shape)
+    return {
+        "name": pair.name,
+        "layer": layer,
+        "role": role,
+        "rows": rows,
+        "cols": cols,
+        "dtype_base": base.dtype if base else None,
+        "dtype_tuned": tuned.dtype if tuned else None,
+        "status": pair.status,
+        "reason": pair.reason,
+    }
+
+
+def measured(delta: AnyDelta, record: Record, question: Question) -> Record:
+    """Complete a row: read the two tensors, subtract, measure. No deliberate error leaves it; it becomes the status.
+
+    Parameters
+    ----------
+    delta : Delta, LowRankDelta or AdapterDelta
+    record : dict
+        The row as `described`.
+    question : Question
+
+    Returns
+    -------
+    dict
+        JSON-able but for ``singular_values`` and ``singular_values_high``, float64 arrays.
+    """
+    rows, cols = delta.shape
+    row = {**record, "rows": rows, "cols": cols}
+    try:
+        return _plain({**row, **_measures(delta, question)})
+    except NonFiniteMatrix as error:
+        return {**row, "status": "nonfinite", "reason": str(error)}
+    except UnsupportedFormat as error:
+        return {**row, "status": "unsupported_dtype", "reason": str(error)}
+    except (MatrixError, CheckpointError, OutOfMemory, OSError) as error:
+        return {**row, "status": "failed", "reason": f"{type(error).__name__}: {error}"}
+
+
+def _plain(record: Record) -> Record:
+    """Leave out what is not a number, so that a row is the same before and after it has been through the journal."""
+    return {k: v for k, v in record.items() if not (isinstance(v, float) and not math.isfinite(v))}
+
+
+def _measures(delta: AnyDelta, question: Question) -> Record:
+    rows, cols = delta.shape
+    if rows * cols == 0:
+        return {"status": "empty", "reason": f"shape {delta.base_info.shape} holds no entries"}
+    dtypes = delta.base_info.dtype, delta.tuned_info.dtype
+    if not all(is_float(dtype) for dtype in dtypes):
+        return _counted(delta, dtypes)
+    found = delta.difference()
+    row: Record = {
+        "frobenius": found.frobenius,
+        "relative_frobenius": found.frobenius / found.base_frobenius if found.base_frobenius > 0 else math.nan,
+        "base_frobenius": found.base_frobenius,
+        "storage_floor": found.floor.spectral,
+        "storage_frobenius": found.floor.frobenius,
+        "zero_fraction": found.zero_fraction,
+        "merge_loss": found.merge_loss,
+    }
+    if min(rows, cols) == 1:
+        return {**row, "status": "vector"}
+    if found.frobenius == 0.0:
+        return {**row, "status": "unchanged", **_spectral(_zero_spectrum((rows, cols), found), adapter=False)}
+    if isinstance(delta, LowRankDelta):
+        return {**row, **_spectral(delta.spectrum(), adapter=True)}
+    found_spectrum = found.spectrum(
+        rank=question.rank,
+        route=question.route,
+        seed=question.seed,
+        max_bytes=question.max_bytes,
+        device=question.device,
+    )
+    return {**row, **_spectral(found_spectrum, adapter=False)}
+
+
+def _zero_spectrum(shape: tuple[int, int], found: Difference) -> Spectrum:
+    return Spectrum(
+        np.zeros(min(shape)), shape, 0.0, Certificate("no entry changed", storage_floor=found.floor.spectral)
+    )
+
+
+def _counted(delta: AnyDelta, dtypes: tuple[str, str]) -> Record:
+    """Row of a tensor that is not floating point: whether it is the same, entry by entry."""
+    if not isinstance(delta, Delta) or any(dtype.startswith(("F", "C")) for dtype in dtypes):
+        raise UnsupportedFormat(f"{delta.name}: {' and '.join(dict.fromkeys(dtypes))} cannot be upcast exactly here")
+    base, tuned = delta.base[delta.base_name], delta.tuned[delta.tuned_name]
+    if base.shape != tuned.shape:
+        raise MatrixError(f"{delta.name}: base is {tuple(base.shape)} but tuned is {tuple(tuned.shape)}")
+    differing = int(torch.count_nonzero(base != tuned))
+    return {
+        "status": "integer",
+        "reason": f"{differing} of {base.numel()} entries differ" if differing else "every entry is the same",
+        "zero_fraction": 1.0 - differing / base.numel(),
+    }
+
+
+def _spectral(spectrum: Spectrum, *, adapter: bool) -> Record:
+    certificate = spectrum.certificate
+    row: Record = {
+        "route": certificate.method + (f" ({certificate.note})" if certificate.note else ""),
+        "gap": certificate.gap,
+        "tail_norm": certificate.tail_norm,
+        "roundoff": certificate.roundoff + certificate.squared_roundoff,
+        "singular_values": spectrum.values,
+        "singular_values_high": np.empty(0) if spectrum.complete else spectrum.interval()[1],
+    }
+    for name, (measure, interval) in _BOUNDED.items():
+        row |= _with_bounds(spectrum, name, measure, interval)
+    if spectrum.complete and not adapter and spectrum.frobenius > 0.0:
+        row |= _against_noise(spectrum)
+    return row
+
+
+def _with_bounds(spectrum: Spectrum, name: str, measure: _Measure, interval: _Interval) -> Record:
+    """Value of a measure; on a truncated spectrum its certified interval too, and the value only where it is known."""
+    if spectrum.complete:
+        return {name: measure(spectrum)}
+    low, high = interval(spectrum)
+    row: Record = {f"{name}_low": low, f"{name}_high": high}
+    try:
+        row[name] = int(low) if name in INTEGER_COLUMNS and low == high else measure(spectrum)
+    except IncompleteSpectrum:
+        return row
+    if name in INTEGER_COLUMNS and low != high:
+        del row[name]
+    return row
+
+
+def _against_noise(spectrum: Spectrum) -> Record:
+    """Random-matrix edges with the noise level matched to the median of the whole spectrum."""
+    median = float(np.median(spectrum.values))
+    if median <= 0.0:
+        return {}
+    beta = min(spectrum.shape) / max(spectrum.shape)
+    edge = finite_edge(spectrum.shape, noise_std(median, spectrum.shape))
+    row: Record = {
+        "mp_edge": edge,
+        "mp_rank": measures.rank_above(spectrum, edge),
+        "gd_rank": measures.rank_above(spectrum, gavish_donoho_unknown(beta) * median),
+    }
+    try:
+        row["decay_exponent"] = measures.decay_exponent(spectrum)
+    except IncompleteSpectrum:
+        return row
+    return row

@@ -1,0 +1,24 @@
+"""The report on a run: build (data) → page and terminal (rendering) → files → command.
+
+`write_report` is the one call a library user needs; `build_report` gives the same content as plain values. Both are
+loaded on first use, so that ``python -m spectra.report --help`` pays for neither pandas nor matplotlib.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spectra.report.build import ReportData, build_report
+    from spectra.report.files import write_report
+
+__all__ = ["ReportData", "build_report", "write_report"]
+
+_HOME = {"ReportData": "build", "build_report": "build", "write_report": "files"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,84 @@
+"""The report's files, each written beside its place and renamed into it: a reader never meets half a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from spectra.errors import JournalError
+from spectra.report.build import ReportData, build_report, manifest, summary
+from spectra.report.figures import draw_figures
+from spectra.report.page import render_page
+from spectra.report.rows import RunLike
+from spectra.report.text import dump
+
+
+def write_report(run: RunLike, out: str | os.PathLike[str], *, data: ReportData | None = None) -> list[Path]:
+    """Write ``report.html``, ``summary.json``, ``manifest.json``, ``figures/*.svg`` and the run itself.
+
+    Parameters
+    ----------
+    run : Run
+        What `spectra.compare` returned. ``run.save(out)`` writes ``spectra.parquet``.
+    out : path
+        Folder to write to; made if it is not there.
+    data : ReportData, optional
+        Content of the report, where `build_report` has made it already.
+
+    Returns
+    -------
+    list of Path
+        What was written, the page first. The same run gives the same bytes.
+
+    Raises
+    ------
+    JournalError
+        If a folder to write to is a symbolic link: what it points to is not the caller's ``--out``.
+    OSError
+        If a file cannot be written; whatever stood there before is whole.
+    """
+    folder = Path(out)
+    data = build_report(run) if data is None else data
+    figures = folder / "figures"
+    if figures.is_symlink():
+        raise JournalError(f"{figures} is a symbolic link; the report writes inside {folder} only: remove the link")
+    figures.mkdir(parents=True, exist_ok=True)
+    run.save(folder)
+    drawings = draw_figures(data)
+    texts = {
+        folder / "report.html": render_page(data, drawings),
+        folder / "summary.json": dump(summary(data), indent=1) + "\n",
+        folder / "manifest.json": dump(manifest(data), indent=1) + "\n",
+    }
+    written = [write_atomically(path, text.encode()) for path, text in texts.items()]
+    written += [write_atomically(figures / f"{drawing.key}.svg", drawing.svg) for drawing in drawings]
+    return [*written[:1], folder / "spectra.parquet", *written[1:]]
+
+
+def write_atomically(path: Path, content: bytes) -> Path:
+    """Write a file by way of a temporary one in the same folder; a link in its place is replaced, not followed.
+
+    Parameters
+    ----------
+    path : Path
+        Where the content goes.
+    content : bytes
+        All of it.
+
+    Returns
+    -------
+    Path
+        `path`.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.unlink(missing_ok=True)  # left by a run that was killed; its owner is gone, or the journal would say so
+    try:
+        with temporary.open("xb") as stream:  # exclusive: a link put in its place is not followed
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
