@@ -75,16 +75,12 @@ def _concave_majorant(curve: Vector) -> Vector:
 
 
 def _head_and_tail(spectrum: Spectrum) -> tuple[Vector, Vector, Bounds, float, int]:
-    """Intervals of the known values, energy and largest size of the others, and how many others there are."""
-    low, high = spectrum.interval()
-    energy = spectrum.frobenius**2
-    slack = _FROBENIUS_RELATIVE_ERROR * energy
-    left_out = (
-        max(0.0, energy - slack - float(np.sum(high**2))),
-        max(0.0, energy + slack - float(np.sum(low**2))),
-    )
+    """Intervals of the known values, energy and largest size of the others, how many others: all for ‖A‖_F = 1."""
+    low, high = (end / spectrum.frobenius for end in spectrum.interval())
+    slack = _FROBENIUS_RELATIVE_ERROR
+    left_out = max(0.0, 1.0 - slack - float(np.sum(high**2))), max(0.0, 1.0 + slack - float(np.sum(low**2)))
     others = spectrum.rank_limit - len(spectrum.values)
-    largest = min(spectrum.tail_limit() + spectrum.certificate.roundoff, math.sqrt(left_out[1]))
+    largest = min((spectrum.tail_limit() + spectrum.certificate.roundoff) / spectrum.frobenius, math.sqrt(left_out[1]))
     if len(high):
         largest = min(largest, float(high[-1]))
     return low, high, left_out if others else (0.0, 0.0), largest, others
@@ -98,8 +94,8 @@ def _envelopes(spectrum: Spectrum, power: int) -> tuple[Vector, Vector]:
     rest_low = energy_low / largest if largest > 0 else 0.0
     rest_high = math.sqrt(others * energy_high)
     head_low, head_high = np.cumsum(low**power), np.cumsum(high**power)
-    if power == 2:  # the total is known: ‖A‖²_F
-        known_low, known_high = head_low / spectrum.frobenius**2, head_high / spectrum.frobenius**2
+    if power == 2:  # the total is known: ‖A‖²_F = 1
+        known_low, known_high = head_low, head_high
     else:  # P_j rises with the first j values and falls with all later ones
         known_low = _share(head_low, head_high[-1:] - head_high + rest_high)
         known_high = _share(head_high, head_low[-1:] - head_low + rest_low)
@@ -154,9 +150,12 @@ def nuclear_norm(spectrum: Spectrum) -> float:
 
 def nuclear_norm_bounds(spectrum: Spectrum) -> Bounds:
     """(low, high) that contain Σσ: the left-out energy packed into as few values as can hold it, or spread evenly."""
+    if spectrum.frobenius == 0.0:
+        return 0.0, 0.0
     low, high, (energy_low, energy_high), largest, others = _head_and_tail(spectrum)
-    least = energy_low / largest if largest > 0 else 0.0
-    return float(np.sum(low)) + least, float(np.sum(high)) + math.sqrt(others * energy_high)
+    least = float(np.sum(low)) + (energy_low / largest if largest > 0 else 0.0)
+    most = float(np.sum(high)) + math.sqrt(others * energy_high)
+    return least * spectrum.frobenius, most * spectrum.frobenius
 
 
 # Effective ranks --------------------------------------------------------------------------------------------------
@@ -295,7 +294,11 @@ def rank_above(spectrum: Spectrum, threshold: float) -> int:
 
 def rank_above_bounds(spectrum: Spectrum, threshold: float) -> Bounds:
     """(low, high) that contain the number of singular values above a threshold."""
+    if spectrum.frobenius == 0.0:
+        count = float(spectrum.rank_limit) if threshold < 0 else 0.0
+        return count, count
     low, high, (_, energy_high), largest, others = _head_and_tail(spectrum)
+    threshold = threshold / spectrum.frobenius
     hidden = 0
     if largest > threshold:
         hidden = others if threshold <= 0 else min(others, int(energy_high / threshold**2))
@@ -340,13 +343,11 @@ def energy_curve(spectrum: Spectrum) -> NDArray[np.float64]:
     -------
     ndarray of shape (k + 1,)
     """
-    energy = spectrum.frobenius**2
-    squares = np.concatenate([[0.0], np.cumsum(spectrum.values**2)])
-    if energy == 0.0:
-        return np.full_like(squares, np.nan)
-    if spectrum.complete:
-        energy = squares[-1]  # so that the curve of a complete spectrum ends in exactly 1
-    return np.minimum(squares / energy, 1.0)
+    if spectrum.frobenius == 0.0:
+        return np.full(len(spectrum.values) + 1, np.nan)
+    squares = np.concatenate([[0.0], np.cumsum((spectrum.values / spectrum.frobenius) ** 2)])
+    # The curve of a complete spectrum ends in exactly 1.
+    return squares / squares[-1] if spectrum.complete else np.minimum(squares, 1.0)
 
 
 def truncation_error(spectrum: Spectrum, rank: int) -> float:

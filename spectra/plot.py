@@ -58,7 +58,7 @@ def plot_spectrum(
     floor: float | None = None,
     mp_edge: float | None = None,
     label: str | None = None,
-    color: str = SERIES[0],
+    color: str | None = None,
     log_index: bool = True,
     **line: Any,
 ) -> None:
@@ -78,8 +78,8 @@ def plot_spectrum(
         Marchenko–Pastur edge, in the units of the values.
     label : str, optional
         Legend entry of the values.
-    color : str
-        Colour of the values.
+    color : str, optional
+        Colour of the values; the next of `SERIES` when not given.
     log_index : bool
         Logarithmic index axis: shows a power law as a line. Linear shows an exponential as one.
     **line
@@ -94,6 +94,7 @@ def plot_spectrum(
     ('singular value σᵢ', 'log')
     """
     values = _values(spectrum)
+    color = _next_color(ax) if color is None else color
     index = np.arange(1, len(values) + 1)
     marker = "o" if len(values) <= 24 else ""
     style: dict[str, Any] = {"linewidth": 1.4, "marker": marker, "markersize": 3} | line
@@ -118,7 +119,7 @@ def plot_truncation_error(
     frobenius: float | None = None,
     marks: Sequence[int] = RANK_MARKS,
     label: str | None = None,
-    color: str = SERIES[0],
+    color: str | None = None,
     **line: Any,
 ) -> None:
     """Draw what the best rank-r matrix leaves out, ‖A − A_r‖_F / ‖A‖_F, against r.
@@ -135,8 +136,8 @@ def plot_truncation_error(
         Ranks to mark on the curve.
     label : str, optional
         Legend entry.
-    color : str
-        Colour of the curve.
+    color : str, optional
+        Colour of the curve; the next of `SERIES` when not given.
     **line
         Passed to ``ax.plot``.
 
@@ -149,6 +150,7 @@ def plot_truncation_error(
     'rank r kept'
     """
     values = _values(spectrum)
+    color = _next_color(ax) if color is None else color
     norm = frobenius if frobenius is not None else getattr(spectrum, "frobenius", None)
     low, high = truncation_curve(values, norm, upper=_upper(spectrum))
     ranks = np.arange(1, len(values) + 1)
@@ -162,8 +164,8 @@ def plot_heatmap(
     ax: Axes,
     table: ArrayLike,
     *,
-    row_labels: Sequence[str],
-    col_labels: Sequence[str],
+    row_labels: Sequence[str] | None = None,
+    col_labels: Sequence[str] | None = None,
     label: str,
     cmap: str = "viridis",
     texts: Sequence[Sequence[str]] | None = None,
@@ -174,10 +176,10 @@ def plot_heatmap(
     ----------
     ax : matplotlib.axes.Axes
         Axes to draw on.
-    table : array_like of shape (rows, cols)
+    table : array_like or DataFrame of shape (rows, cols)
         Numbers; NaN where there is no cell.
-    row_labels, col_labels : sequence of str
-        Names of the rows and columns.
+    row_labels, col_labels : sequence of str, optional
+        Names of the rows and columns; a DataFrame brings its own.
     label : str
         What the colour means, with its unit.
     cmap : str
@@ -199,6 +201,8 @@ def plot_heatmap(
     ['query']
     """
     cells = np.atleast_2d(np.asarray(table, dtype=np.float64))
+    row_labels = _labels(table, "index", cells.shape[0]) if row_labels is None else row_labels
+    col_labels = _labels(table, "columns", cells.shape[1]) if col_labels is None else col_labels
     if cells.shape != (len(row_labels), len(col_labels)):
         raise ValueError(f"{cells.shape} cells for {len(row_labels)} row and {len(col_labels)} column labels")
     # pcolormesh and not imshow: cells stay vector shapes in an SVG.
@@ -360,6 +364,16 @@ def tidy(ax: Axes) -> None:
     _open_frame(ax)
 
 
+def _next_color(ax: Axes) -> str:
+    """First colour of `SERIES` that no line of the axes has yet, then round again."""
+    used = {line.get_color() for line in ax.lines}
+    return next((c for c in SERIES if c not in used), SERIES[len(ax.lines) % len(SERIES)])
+
+
+def _labels(table: object, side: str, count: int) -> list[str]:
+    return [str(label) for label in getattr(table, side, range(count))]
+
+
 def _open_frame(ax: Axes) -> None:
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
@@ -402,7 +416,9 @@ def _draw_band(ax: Axes, spectrum: object, index: ArrayLike, color: str) -> None
 
 def _draw_level(ax: Axes, level: float | None, label: str, dashes: object) -> None:
     if level is not None and math.isfinite(level) and level > 0:
-        ax.axhline(level, color="#6b7280", linewidth=1.0, linestyle=cast("Any", dashes), label=label)
+        told = label in ax.get_legend_handles_labels()[1]  # several spectra: one legend entry for all their floors
+        entry = "_nolegend_" if told else label
+        ax.axhline(level, color="#6b7280", linewidth=1.0, linestyle=cast("Any", dashes), label=entry)
 
 
 def _write_cells(ax: Axes, mesh: Any, cells: Vector, texts: Sequence[Sequence[str]]) -> None:

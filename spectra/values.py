@@ -150,12 +150,12 @@ class Spectrum:
         if self.complete:
             high = values
         elif certificate.upper is None or deterministic:
-            high = np.sqrt(values**2 + self.tail_limit(deterministic=deterministic) ** 2)
+            high = np.hypot(values, self.tail_limit(deterministic=deterministic))
         else:
-            high = np.minimum(certificate.upper, np.sqrt(values**2 + certificate.gap**2))
-        squared = certificate.squared_roundoff**2
-        low = np.sqrt(np.maximum(values**2 - squared, 0.0)) - certificate.roundoff
-        return np.maximum(low, 0.0), np.sqrt(high**2 + squared) + certificate.roundoff
+            high = np.minimum(certificate.upper, np.hypot(values, certificate.gap))
+        squared = certificate.squared_roundoff
+        low = np.sqrt(np.maximum(values - squared, 0.0)) * np.sqrt(values + squared) - certificate.roundoff
+        return np.maximum(low, 0.0), np.hypot(high, squared) + certificate.roundoff
 
     def tail_limit(self, *, deterministic: bool = False) -> float:
         """Upper bound on σ_{k+1}; 0 for a complete spectrum."""

@@ -22,7 +22,9 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _PREFERRED = ("model", "diffusion_pytorch_model", "pytorch_model")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.\w+)")
 # State of a training run that stands beside weights and holds none.
-_TRAINING_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)\b.*|.*optim_states.*")
+_TRAINING_STATE = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)([._].*)?|.*optim_states.*"
+)
 
 _REFUSED = (
     (re.compile(r".*\.gguf"), "GGUF files have no reader in this version; compare the safetensors they were made from"),

@@ -242,7 +242,7 @@ class _Parser:
 
     def _end_of_set(self) -> int:
         at = self.at + (2 if self.text.startswith("[^", self.at) else 1)
-        at += 1  # a bracket in first place is one of the set
+        at += self.text.startswith("]", at)  # a bracket in first place is one of the set
         while self.text[at] != "]":
             at += 2 if self.text[at] == "\\" else 1
         return at + 1

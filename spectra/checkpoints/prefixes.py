@@ -113,7 +113,11 @@ def _is_convincing(
     under_base = [name for name in base if name.startswith(change.base)]
     under_tuned = [name for name in tuned if name.startswith(change.tuned)]
     if change.base and change.tuned:
-        return votes >= _ENOUGH_FOR_REPLACEMENT and votes >= 0.9 * min(len(under_base), len(under_tuned))
+        layered = min(
+            sum(_has_index(name[len(change.base) :]) for name in under_base),
+            sum(_has_index(name[len(change.tuned) :]) for name in under_tuned),
+        )
+        return votes >= _ENOUGH_FOR_REPLACEMENT and votes >= 0.9 * layered
     # A head or an embedding is alone of its kind, and large enough to be told by its shape.
     return first or votes >= 2 or any(map(is_table, under_base if change.base else under_tuned))
 

@@ -60,6 +60,7 @@ class TorchPickleFile:
         self.path = path
         self._name = name or path.name
         self._size = regular_size(path)
+        self._stamp: tuple[int, int] | None = _stamp(path)
         self._records = _record_sizes(path)
         self._lock = threading.Lock()
         self._tensors: dict[str, torch.Tensor] | None = None
@@ -72,7 +73,7 @@ class TorchPickleFile:
         self.notes: tuple[str, ...] = self._notes(others)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_tensors": None, "_read_bytes": 0}
+        state = {**self.__dict__, "_tensors": None, "_stamp": None}
         del state["_lock"]
         return state
 
@@ -103,6 +104,8 @@ class TorchPickleFile:
             if self._tensors is None:
                 self._tensors = self._reload()
                 self._read_bytes = 0
+            elif _stamp(self.path) != self._stamp:  # what is mapped may be another file's bytes by now
+                raise self._changed()
             tensor = self._tensors[name]
             self._read_bytes += nbytes
             if self._read_bytes >= MAPPED_BYTES:
@@ -115,14 +118,18 @@ class TorchPickleFile:
         return tensor
 
     def _reload(self) -> dict[str, torch.Tensor]:
-        changed = regular_size(self.path) != self._size
-        tensors: dict[str, torch.Tensor] = {}
-        if not changed:
-            tensors, _ = self._load()
-            changed = {key: self._info(key, tensor) for key, tensor in tensors.items()} != self.infos
-        if changed:
-            raise CheckpointError(f"{self.path} has changed since it was opened; open the checkpoint again")
+        stamp = _stamp(self.path)
+        if self._stamp is None:  # the first read after a journey to this process
+            self._stamp = stamp
+        if stamp != self._stamp or regular_size(self.path) != self._size or _record_sizes(self.path) != self._records:
+            raise self._changed()
+        tensors, _ = self._load()
+        if {key: self._info(key, tensor) for key, tensor in tensors.items()} != self.infos:
+            raise self._changed()
         return tensors
+
+    def _changed(self) -> CheckpointError:
+        return CheckpointError(f"{self.path} has changed since it was opened; open the checkpoint again")
 
     def _load(self) -> tuple[dict[str, torch.Tensor], list[str]]:
         """Tensors by name, and the names of the entries that are none."""
@@ -133,11 +140,6 @@ class TorchPickleFile:
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error}") from error
         except Exception as error:  # a damaged file makes the parser fail in any way it likes
-            if "TorchScript" in str(error):
-                raise UnsupportedFormat(
-                    f"{self.path} is a TorchScript archive, which carries code. Load it with torch.jit.load where it "
-                    "is trusted, and save its state_dict() with safetensors.torch.save_file."
-                ) from None
             raise UnsafeCheckpoint(f"{self.path} cannot be read as a file of torch.save: {_reason(error)}") from error
         if not isinstance(content, Mapping):
             raise UnsupportedFormat(f"{self.path} holds a {type(content).__name__}, not a dict of tensors by name")
@@ -177,6 +179,15 @@ class TorchPickleFile:
                 f"{self._name} is in torch's old format and is loaded whole; torch.save it again to avoid that"
             )
         return tuple(notes)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What changes when a file is written or replaced."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    return status.st_mtime_ns, status.st_ino
 
 
 def _record_sizes(path: Path) -> Counter[int] | None:

@@ -17,6 +17,7 @@ import math
 import numpy as np
 import torch
 
+from spectra.linalg.dense import gram_roundoff
 from spectra.linalg.matrix import Matrix
 from spectra.theory.bounds import rayleigh_ritz_upper
 from spectra.values import Certificate, Spectrum
@@ -32,6 +33,9 @@ BLOCKS = 4
 TAIL_WIDTH = 16
 TAIL_BLOCKS = 7
 FAILURE_PROBABILITY = 1e-9
+
+# A column that projection leaves shorter than this many ε of the longest is rounding error.
+_BREAKDOWN = 64.0
 
 # Error of a value from float32 products, in units of ε·σ₁. The largest seen over planted spectra of 256 to 4096 rows
 # was 2.1; the factor leaves room for longer inner products.
@@ -72,23 +76,25 @@ def truncated(matrix: Matrix, rank: int, *, seed: int = 0, blocks: int = BLOCKS)
     tail = tail_norm(a, left, generator)
 
     values = np.minimum.accumulate(squares.sqrt().cpu().numpy())
-    upper = rayleigh_ritz_upper(values, residuals.cpu().numpy(), tail) * matrix.scale
-    values = values * matrix.scale
+    upper = rayleigh_ritz_upper(values, residuals.cpu().numpy(), tail)
     roundoff = _ROUNDOFF * torch.finfo(a.dtype).eps * float(values[0])
+    found = float(np.sum(np.maximum(values - roundoff, 0.0) ** 2))  # at least: what is left out must not be understated
+    gap = math.sqrt(max(0.0, (matrix.frobenius / matrix.scale) ** 2 - found))
     signs = torch.sign(left.gather(0, left.abs().argmax(0, keepdim=True)))  # (1, rank): largest entry positive
     right = torch.nn.functional.normalize(image, dim=0, eps=torch.finfo(image.dtype).tiny)
     return Spectrum(
-        values,
+        values * matrix.scale,
         matrix.shape,
         matrix.frobenius,
         Certificate(
             method=f"block Lanczos in {str(a.dtype).removeprefix('torch.')}, {blocks} blocks of {width} columns",
-            gap=math.sqrt(max(0.0, matrix.frobenius**2 - float(np.sum(values**2)))) + roundoff,
-            tail_norm=float(upper[-1]) + roundoff,
-            roundoff=roundoff,
+            gap=gap * matrix.scale,
+            tail_norm=(float(upper[-1]) + roundoff) * matrix.scale,
+            roundoff=roundoff * matrix.scale,
+            squared_roundoff=gram_roundoff(*w.shape) * float(values[0]) * matrix.scale,
             failure_probability=FAILURE_PROBABILITY,
             seed=seed,
-            upper=upper[:-1],
+            upper=upper[:-1] * matrix.scale,
         ),
         left=(left * signs).cpu().numpy(),
         right=(right * signs).T.cpu().numpy(),
@@ -104,18 +110,34 @@ def _krylov(a: torch.Tensor, width: int, blocks: int, generator: torch.Generator
     new = a @ start
     for j in range(blocks):
         known, here = q[:, : j * width], slice(j * width, (j + 1) * width)
-        q[:, here] = _orthonormal_against(new, known)
+        q[:, here] = _orthonormal_against(new, known, generator)
         w[:, here] = a.T @ q[:, here]
         if j + 1 < blocks:
             new = a @ w[:, here]
     return q, w
 
 
-def _orthonormal_against(new: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Orthonormal basis of new, orthogonal to the orthonormal known; twice is enough (Kahan, in Parlett 1980)."""
-    for _ in range(2):
+def _orthonormal_against(new: torch.Tensor, known: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Orthonormal columns, orthogonal to the orthonormal known, whose span holds what new adds to it.
+
+    Projected and factored twice: once is not enough, twice is (Parlett, "The Symmetric Eigenvalue Problem", 6.9). Where
+    new adds nothing more its columns are rounding errors, or zeros, and would come out in the span of known: random ones
+    take their place, which keeps the basis orthonormal and can only help it.
+    """
+    size = float(torch.linalg.vector_norm(new, dim=0).max())
+    lost = torch.ones(new.shape[1], dtype=torch.bool, device=new.device)
+    passes = 2
+    while passes:
         new = new - known @ (known.T @ new)
-        new = torch.linalg.qr(new)[0]
+        new, triangle = torch.linalg.qr(new)
+        if size:
+            lost = triangle.diagonal().abs() <= _BREAKDOWN * torch.finfo(new.dtype).eps * size
+        if bool(lost.any()) and passes == 2:
+            fresh = torch.randn(new.shape, generator=generator, dtype=new.dtype).to(new.device)
+            new = torch.where(lost, fresh / math.sqrt(new.shape[0]), new)
+            new = torch.linalg.qr(new - known @ (known.T @ new))[0]
+        passes -= 1
+        size = 1.0
     return new
 
 
@@ -134,7 +156,7 @@ def tail_norm(a: torch.Tensor, left: torch.Tensor, generator: torch.Generator) -
     image = _deflated(a @ basis, left)
     images = [image]
     for _ in range(blocks - 1):
-        new = _orthonormal_against(a.T @ image, basis)
+        new = _orthonormal_against(a.T @ image, basis, generator)
         basis = torch.cat([basis, new], dim=1)
         image = _deflated(a @ new, left)
         images.append(image)

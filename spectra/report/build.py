@@ -155,7 +155,8 @@ def certificate_words(row: TensorRow) -> str:
     elif row.factored:
         text = f"{route}Exact from the two factors: the update has {row.count} singular values and the rest are zero. "
     else:
-        text = f"{route}All {row.count} singular values were computed. "
+        zeros = f", {row.limit - row.count} of them zero" if row.count < row.limit else ""
+        text = f"{route}All {row.limit} singular values were computed{zeros}. "
     if math.isfinite(numbers["roundoff"]):
         text += f"Floating point may have moved a value by {number(numbers['roundoff'])}"
         text += f" ({number(_over(numbers['roundoff'], top))} of σ₁). " if top > 0 else ". "
@@ -183,7 +184,7 @@ def _totals(rows: Sequence[TensorRow]) -> dict[str, float]:
         "parameters_analysed": sum(r.parameters for r in analysed),
         "tensors_changed": len(changed),
         "frobenius": math.sqrt(sum(r.numbers["frobenius"] ** 2 for r in changed)),
-        "relative_frobenius": pooled(changed),
+        "relative_frobenius": pooled(rows),
         "rounding_share": rounding_share(analysed),
     }
 

@@ -34,12 +34,13 @@ from spectra.plot import (
 from spectra.report.build import ReportData
 from spectra.report.rows import TensorRow
 from spectra.report.tables import HeatMap
-from spectra.report.text import counted, elide, visible
+from spectra.report.text import counted, elide, number, visible
 
 INK, FAINT = "#1f2328", "#6b7280"
 PANELS = 6  # roles drawn; the caption names those that are not
 LINES = 12  # spectra a panel: one a depth step
 POINTS = 60  # points a line in the overlay
+DECADES = 5  # that the overlay's axis spans at most: the part of a spectrum that a reader can compare
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "spectra",  # element ids from content alone: the same bytes every time
@@ -149,6 +150,7 @@ def _spectra(roles: Mapping[str, list[TensorRow]]) -> Drawing:
         _spectra_panel(ax, role, held, layers)
     for ax in panels[len(roles) :]:
         ax.set_visible(False)
+    _note_low_floors(panels, roles)
     figure.supxlabel("index i", fontsize=9)
     figure.supylabel("singular value σᵢ", fontsize=9)
     _depth_legend(figure, panels[0], layers)
@@ -176,6 +178,19 @@ def _spectra_panel(ax: Axes, role: str, held: Sequence[TensorRow], layers: Seque
     ax.set_yscale("log")
     ax.set_title(elide(visible(role), 30), loc="left")
     tidy(ax)
+
+
+def _note_low_floors(panels: Sequence[Axes], roles: Mapping[str, list[TensorRow]]) -> None:
+    """End the shared axis `DECADES` below the largest value; a floor beneath that is told in words."""
+    low, high = panels[0].get_ylim()
+    bottom = max(low, high * 10.0**-DECADES)
+    for ax, held in zip(panels, roles.values(), strict=False):
+        ax.set_ylim(bottom, high)
+        tidy(ax)
+        floor = _median(r.numbers["storage_floor"] for r in held)
+        if 0 < floor < bottom:
+            ax.text(0.03, 0.04, f"storage floor below, at {number(floor, 2)}", transform=ax.transAxes, fontsize=7.5,
+                    color=FAINT)  # fmt: skip
 
 
 def _depth_legend(figure: Figure, ax: Axes, layers: Sequence[int]) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Term:
-    """One measure. `kind` says how a value is printed: ``"number"`` or ``"share"`` (as a percentage)."""
+    """One measure. `kind` says how a value is printed: ``"number"``, ``"share"`` (as a percentage), or
+    ``"trace"`` (a percentage that nobody needs below a hundredth)."""
 
     key: str
     label: str
@@ -70,7 +71,7 @@ TERMS = (
         "Below a few per cent the ranks describe the update. Above 71 % (half of the squared norm) they mostly "
         "describe the rounding, and the report says so.",
         "this report",
-        "share",
+        "trace",
     ),
     Term(
         "signal_rank",

@@ -27,11 +27,12 @@
   }
   const percent = (x) => (x >= 0.995 && x < 1 ? "over 99" : significant(100 * x, 2)) + "\u00a0%";
   function value(held, kind) {
-    const one = kind === "share" ? percent : (x) => number(x >= 100 && x < 1e5 ? Math.round(x) : x);
+    const one = kind === "trace" ? trace : kind === "share" ? percent : (x) => number(x >= 100 && x < 1e5 ? Math.round(x) : x);
     if (!Array.isArray(held)) return one(held);
     const [low, high] = held.map(one);
     return low === high ? low : `${low.replace("\u00a0%", "")}–${high}`;
   }
+  const trace = (x) => (x > 0 && x < 1e-4 ? "<\u00a00.01\u00a0%" : percent(x));
   const middle = (held) => (Array.isArray(held) ? (held[0] + held[1]) / 2 : held);
 
   // ── elements ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -17,14 +17,14 @@ from typing import Any
 
 import jinja2
 import matplotlib
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from spectra.report.build import ReportData, certificate_words
 from spectra.report.figures import Drawing, inline
 from spectra.report.glossary import GENERAL, TERMS
 from spectra.report.rows import MEASURES, NUMBERS, Interval, TensorRow
 from spectra.report.tables import Cell, Group, HeatMap, share_span, span
-from spectra.report.text import dump, elide, finite, number, percent, size, visible
+from spectra.report.text import dump, elide, finite, number, percent, size, trace, visible
 
 SHADES = 33  # steps of viridis in a map: finer than anyone can tell apart in a cell
 DENSE = 14  # layers beyond which the cells of a map are too narrow for numbers
@@ -151,7 +151,7 @@ def _line(row: TensorRow) -> _Line:
             _blank(span(row.measures["signal_rank"])),
             _blank(span(row.measures["rank_90"])),
             _blank(share_span(row.measures["error_r16"])),
-            _blank(percent(row.rounding) if row.analysed else ""),
+            _blank(trace(row.rounding) if row.analysed else ""),
         ),
     )
 
@@ -197,6 +197,8 @@ def _template() -> jinja2.Template:
         "span": span,
         "share_span": share_span,
         "percent": percent,
+        "trace": trace,
+        "broken": _broken,
         "number": number,
         "size": size,
         "limits": _limits,
@@ -227,9 +229,15 @@ def _limits(group: Group) -> str:
 
 
 def _short(ref: str) -> str:
-    """Return the last part of a path or hub id, for the title."""
-    parts = [p for p in ref.replace("\\", "/").split("/") if p not in ("", ".")]
-    return elide(visible(parts[-1] if parts else ref), 60)
+    """Return the last two parts of a path or hub id, for the title: folders called ``model`` say little alone."""
+    parts = [p for p in ref.replace("\\", "/").split("/") if p not in ("", ".", "..")]
+    return elide(visible("/".join(parts[-2:]) if parts else ref), 60)
+
+
+def _broken(name: str) -> Markup:
+    """Return a name, escaped, that a line may break after its dots and slashes."""
+    escaped = str(escape(name))
+    return Markup(escaped.replace(".", ".<wbr>").replace("/", "/<wbr>"))
 
 
 def _plain_items(mapping: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -21,8 +21,8 @@ MEASURES = (
 )  # fmt: skip
 # Numbers that are known whatever the route, or not at all.
 NUMBERS = (
-    "frobenius", "relative_frobenius", "storage_floor", "storage_frobenius", "zero_fraction", "merge_loss",
-    "mp_edge", "mp_rank", "gd_rank", "decay_exponent", "gap", "tail_norm", "roundoff",
+    "frobenius", "relative_frobenius", "base_frobenius", "storage_floor", "storage_frobenius", "zero_fraction",
+    "merge_loss", "mp_edge", "mp_rank", "gd_rank", "decay_exponent", "gap", "tail_norm", "roundoff",
 )  # fmt: skip
 # Statuses after which a command ends with 1: a spectrum was due and could not be given.
 FAILURES = ("nonfinite", "unsupported_dtype", "failed")
@@ -108,7 +108,7 @@ class TensorRow:
     measures: Mapping[str, Interval]
     numbers: Mapping[str, float]
     curve: Curve
-    count: int  # singular values that were computed
+    count: int  # singular values that were computed and are not zero
 
     @property
     def analysed(self) -> bool:
@@ -128,7 +128,7 @@ class TensorRow:
     @property
     def factored(self) -> bool:
         """Whether it is a product of two thin factors, so that its rank was fixed before training."""
-        return self.analysed and self.route.startswith("factor")
+        return self.analysed and self.route.startswith("factors")
 
     @property
     def rounding(self) -> float:
@@ -183,20 +183,17 @@ def median(intervals: Iterable[Interval]) -> Interval:
 
 
 def pooled(rows: Iterable[TensorRow]) -> float:
-    """Return ‖Δ‖/‖W‖ of several tensors taken as one: √ΣΔ² / √ΣW², over those that changed.
+    """Return ‖Δ‖/‖W‖ of several tensors taken as one: √ΣΔ² / √ΣW².
 
     Parameters
     ----------
     rows : iterable of TensorRow
-        Rows with a known norm; ‖W‖ is ‖Δ‖ over the relative change.
+        Those without a known norm are left out.
     """
-    changed = above = 0.0
-    for row in rows:
-        delta, relative = row.numbers["frobenius"], row.numbers["relative_frobenius"]
-        if relative > 0 and math.isfinite(delta) and math.isfinite(relative):
-            changed += delta**2
-            above += (delta / relative) ** 2
-    return math.sqrt(changed / above) if above > 0 else math.nan
+    norms = [(row.numbers["frobenius"], row.numbers["base_frobenius"]) for row in rows]
+    known = [(delta, base) for delta, base in norms if math.isfinite(delta) and math.isfinite(base)]
+    above = sum(base**2 for _, base in known)
+    return math.sqrt(sum(delta**2 for delta, _ in known) / above) if above > 0 else math.nan
 
 
 def _read_row(position: int, record: Mapping[str, Any]) -> TensorRow:
@@ -209,7 +206,7 @@ def _read_row(position: int, record: Mapping[str, Any]) -> TensorRow:
         name=_text(record.get("name")),
         layer=None if math.isnan(layer) else int(layer),
         role=_text(record.get("role")),
-        shape=tuple(int(s) for s in sides if not math.isnan(s)),
+        shape=_shape([int(s) for s in sides if not math.isnan(s)]),
         dtype_base=_text(record.get("dtype_base")),
         dtype_tuned=_text(record.get("dtype_tuned")),
         status=_text(record.get("status")),
@@ -217,8 +214,8 @@ def _read_row(position: int, record: Mapping[str, Any]) -> TensorRow:
         route=_text(record.get("route")),
         measures={name: _interval(record, name) for name in MEASURES},
         numbers=numbers,
-        curve=thin(values, numbers["frobenius"], high),
-        count=len(values),
+        curve=thin(values[values > 0], numbers["frobenius"], high[: int(np.count_nonzero(values))]),
+        count=int(np.count_nonzero(values)),
     )
 
 
@@ -228,7 +225,7 @@ def thin(values: NDArray[np.float64], frobenius: float, high: NDArray[np.float64
     Parameters
     ----------
     values : ndarray of shape (k,)
-        Singular values, descending.
+        Singular values, descending, none of them zero.
     frobenius : float
         Frobenius norm of the whole matrix.
     high : ndarray of shape (k,) or (0,)
@@ -260,6 +257,11 @@ def grid(count: int, points: int = PLOT_POINTS) -> NDArray[np.int64]:
     asked = [r for r in (1, 2, 4, 8, 16, 32, 64) if r <= count]
     spaced = np.unique(np.rint(np.geomspace(1, count, points)).astype(np.int64))
     return np.union1d(spaced, np.asarray(asked, dtype=np.int64))[: points + len(asked)]
+
+
+def _shape(sides: Sequence[int]) -> tuple[int, ...]:
+    """Return (n,) for what the run counts as an n × 1 or 1 × n matrix."""
+    return (max(sides),) if len(sides) == 2 and min(sides) == 1 else tuple(sides)
 
 
 def _rounded(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, ...]:

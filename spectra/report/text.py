@@ -172,6 +172,22 @@ def percent(share: float | None) -> str:
     return f"{significant(value, 2) if math.isfinite(value) else number(value)}\xa0%"
 
 
+def trace(share: float | None) -> str:
+    r"""Return a share as `percent` does, with everything below a hundredth of a per cent as just that.
+
+    Parameters
+    ----------
+    share : float or None
+        1.0 is all of it.
+
+    Examples
+    --------
+    >>> trace(0.03), trace(2e-6)
+    ('3.0\\xa0%', '<\\xa00.01\\xa0%')
+    """
+    return "<\xa00.01\xa0%" if share is not None and 0 < share < 1e-4 else percent(share)
+
+
 def size(count: float) -> str:
     """Return a number of bytes in decimal units.
 

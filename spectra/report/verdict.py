@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from spectra.report.rows import Interval, TensorRow, median, pooled
 from spectra.report.tables import by_layer, by_role, rounding_share, share_span, span
-from spectra.report.text import counted, elide, listed, percent, visible
+from spectra.report.text import counted, elide, listed, percent, trace, visible
 
 # LoRA’s bet is taken to hold at a rank that keeps 90 % of the squared norm: what rank_90 counts, by another road.
 BET_ERROR = math.sqrt(0.1)
@@ -69,17 +69,16 @@ def verdict(rows: Sequence[TensorRow]) -> Verdict:
 
 
 def _how_much(subject: _Subject, rows: Sequence[TensorRow]) -> str:
-    matrices, changed = subject.rows, [r for r in rows if r.numbers["frobenius"] > 0]
+    matrices = subject.rows
     relative = [r.numbers["relative_frobenius"] for r in matrices if math.isfinite(r.numbers["relative_frobenius"])]
     if subject.one:
         name = elide(visible(matrices[0].name), 72)
         amount = f"by {percent(relative[0])} of its norm" if relative else "from a zero matrix"
         return f"One matrix changed, {name}, {amount} (‖Δ‖/‖W‖, Frobenius){_others(rows, matrices)}."
     spread = _spread(relative)
-    overall = percent(pooled(changed))
     text = (
-        f"{_share_changed(rows, matrices)} changed, each by {spread} of its norm, and all changed tensors "
-        f"together by {overall} (‖Δ‖/‖W‖, Frobenius)"
+        f"{_share_changed(rows, matrices)} changed, each by {spread} of its norm, and all tensors together by "
+        f"{percent(pooled(rows))} (‖Δ‖/‖W‖, Frobenius)"
     )
     return text + _where(rows) + "."
 
@@ -115,14 +114,15 @@ def _where(rows: Sequence[TensorRow]) -> str:
 
 def _how_many(subject: _Subject) -> str:
     entropy, ninety = subject.middle("entropy_rank"), subject.middle("rank_90")
-    limits = [r.limit for r in subject.rows]
-    of = span(Interval(min(limits), max(limits)))
-    shares = [median(r.measures[m].over(r.limit) for r in subject.rows) for m in ("entropy_rank", "rank_90")]
+    limits = {r.limit for r in subject.rows}
+    shares = [
+        share_span(median(r.measures[m].over(r.limit) for r in subject.rows)) for m in ("entropy_rank", "rank_90")
+    ]
+    possible = f"of {limits.pop()} possible ({shares[0]})" if len(limits) == 1 else f"({shares[0]} of what is possible)"
     text = (
-        f"{subject.the_median.capitalize()} entropy rank is {span(entropy)} of {of} possible "
-        f"({share_span(shares[0])}), {_above_floor(subject)}, and 90\xa0% of the squared norm takes "
-        f"{subject.a_median}{span(ninety)} {'direction' if span(ninety) == '1' else 'directions'} "
-        f"({share_span(shares[1])})"
+        f"{subject.the_median.capitalize()} entropy rank is {span(entropy)} {possible}, {_above_floor(subject)}, and "
+        f"90\xa0% of the squared norm takes {subject.a_median}{span(ninety)} "
+        f"{'direction' if span(ninety) == '1' else 'directions'} ({shares[1]})"
     )
     if all(r.factored for r in subject.rows):
         return text + f"; {_fixed_rank(subject)}."
@@ -197,9 +197,10 @@ def _rounding_words(subject: _Subject) -> str:
         return "How much of the update is storage rounding is not known"
     noisy = [r.name for r in known if r.mostly_rounding]
     worst = max(known, key=lambda r: r.rounding)
-    text = f"Rounding to the stored dtype explains {percent(rounding_share(known))} of the update’s norm"
-    if len(known) > 1 and percent(worst.rounding) != percent(rounding_share(known)):
-        text += f" overall and at most {percent(worst.rounding)} in one matrix"
+    whole, most = trace(rounding_share(known)), trace(worst.rounding)
+    text = f"Rounding to the stored dtype explains {whole.replace('<', 'less than')} of the update’s norm"
+    if len(known) > 1 and most != whole:
+        text += f" overall and at most {most.replace('<', 'less than')} in one matrix"
     if not noisy:
         return f"{text}, and {'it is not' if subject.one else 'no matrix is'} mostly rounding"
     if subject.one:

@@ -1,0 +1,74 @@
+# One command each. `make` alone says which; a machine with Python 3.11, pip and a compiler is enough.
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Each worker is one process with one thread: two workers with two threads each only fight over two cores, and
+# tests of bit-identity at several thread counts set their own. A file's tests stay in one worker (loadfile),
+# so that a browser or a comparison of real checkpoints is made once a file.
+PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest \
+	-n $(WORKERS) --dist loadfile --durations=10
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test test-slow bench lint types format clean
+
+help: ## say what each command does
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.ready ## fetch a real model and its fine-tune (167 MB), leave the report on them in demo/
+	@base=$$($(BIN)/python -m spectra.examples minilm) && \
+	tuned=$$($(BIN)/python -m spectra.examples minilm-sre) && \
+	$(BIN)/python -m spectra.report "$$base" "$$tuned" --out demo && \
+	echo "Open $(CURDIR)/demo/report.html"
+
+test: lint types $(VENV)/.ready-dev ## lint, types, floors, then every test that is neither slow nor a timing
+	$(PYTEST)
+
+test-slow: $(VENV)/.ready-dev ## the tests that take minutes
+	$(PYTEST) -m slow
+
+bench: $(VENV)/.ready-dev ## timings, each beside its accuracy; one process, all threads
+	$(BIN)/python -m pytest -m bench -s
+
+lint: $(VENV)/.ready-dev ## ruff, and the floors of the house (import-linter)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.ready-dev ## mypy, strict
+	$(BIN)/mypy
+
+format: $(VENV)/.ready-dev ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## delete reports, builds and caches; the environment stays
+	rm -rf demo out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# Set-up. The stamps are newer than what they were made from, so a second call does nothing.
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(environment)
+	$(BIN)/python -m pip install --quiet --editable . --constraint constraints.txt
+	@touch $@
+
+$(VENV)/.ready-dev: pyproject.toml constraints.txt
+	$(environment)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	@touch $(VENV)/.ready $@
+
+# A set-up that was interrupted leaves an environment without pip: it is made anew.
+define environment
+@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "constraints.txt pins releases for Python 3.11 or newer; try make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; \
+		exit 1; }; \
+	echo "Setting up $(VENV): a few minutes, once"; \
+	$(PYTHON) -m venv --clear $(VENV); }
+endef

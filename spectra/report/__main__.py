@@ -1,0 +1,255 @@
+"""The command ``python -m spectra.report``: compare two checkpoints, print what was found, write the report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spectra.command import discard_output, printable, run, tell
+from spectra.errors import UsageError
+
+if TYPE_CHECKING:
+    from spectra.report.build import ReportData
+
+NAME = "python -m spectra.report"
+_UNITS = {"": 1, "b": 1} | {
+    prefix + unit: base**power
+    for power, prefix in enumerate("kmgt", 1)
+    for unit, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
+
+
+def parse_bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Read an amount of memory: 4GB, 500MiB, 1.5G or a plain number of bytes.
+
+    Parameters
+    ----------
+    ctx, param
+        click's, unused.
+    value : str or None
+        What was given.
+
+    Raises
+    ------
+    click.BadParameter
+        If it is no amount.
+
+    Examples
+    --------
+    >>> [parse_bytes(None, None, given) for given in ("4GB", "500MiB", "1.5k", "77")]
+    [4000000000, 524288000, 1500, 77]
+    """
+    if value is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())
+    if match is None or match[2] not in _UNITS or (amount := int(float(match[1]) * _UNITS[match[2]])) < 1:
+        raise click.BadParameter(f"{value!r} is no amount of memory: write 4GB, 500MiB or a number of bytes")
+    return amount
+
+
+def parse_pattern(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Check that a regular expression compiles.
+
+    Parameters
+    ----------
+    ctx, param
+        click's, unused.
+    value : str or None
+        What was given.
+
+    Raises
+    ------
+    click.BadParameter
+        If it does not.
+    """
+    try:
+        re.compile(value or "")
+    except re.error as error:
+        raise click.BadParameter(f"{value!r} is no regular expression: {error}") from error
+    return value
+
+
+@click.command(
+    "report",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    short_help="What fine-tuning did to the weights.",
+)
+@click.argument("base")
+@click.argument("tuned")
+@click.option("--out", metavar="DIR", help="Folder of the report.  [default: spectra-NAME, NAME being TUNED's]")
+@click.option("--rank", type=click.IntRange(min=1), metavar="K", help="Certify the K largest singular values of a matrix, where finding all of them costs more.")  # fmt: skip # noqa: E501
+@click.option("--exact", is_flag=True, help="Find every singular value of every matrix, whatever it costs.")
+@click.option(
+    "--include", callback=parse_pattern, metavar="RE", help="Only tensors whose name holds this regular expression."
+)
+@click.option(
+    "--exclude", callback=parse_pattern, metavar="RE", help="No tensor whose name holds this regular expression."
+)
+@click.option("--allow-partial", is_flag=True, help="Go on where fewer than 95 % of the tensors match.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done and what it costs; compute and write nothing.")
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Small matrices to measure at a time. The numbers do not depend on it.  [default: one a core]")  # fmt: skip # noqa: E501
+@click.option("--device", metavar="D", help="Where to compute: cpu, cuda, cuda:1.  [default: cpu]")
+@click.option("--max-memory", callback=parse_bytes, metavar="BYTES", help="Memory for matrices and their decompositions: 4GB, 500MiB.  [default: half of the machine's]")  # fmt: skip # noqa: E501
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="S", help="Seed of the randomized routes.")  # fmt: skip # noqa: E501
+@click.option("--no-resume", is_flag=True, help="Begin anew, even where DIR holds the start of the same comparison.")
+@click.option("--offline", is_flag=True, help="Never ask the hub: local paths and its cache only.")
+@click.option("--trust-pickle", is_flag=True, help="Read .bin and .pt files too, tensors only; they are refused otherwise.")  # fmt: skip # noqa: E501
+@click.option("--base", "update_base", metavar="REF", help="Compare two updates of one base: not in this version.")
+@click.option("--json", "as_json", metavar="-", help="With -, print summary.json to stdout and everything else to stderr.")  # fmt: skip # noqa: E501
+@click.option("--quiet", "-q", is_flag=True, help="Print the verdict and the files alone, without progress.")
+@click.option("--verbose", "-v", is_flag=True, help="Log every step, and say where in the program an error arose.")
+def command(base: str, tuned: str, **flags: Any) -> int:
+    """Say what fine-tuning did to the weights: how far every matrix moved from BASE to TUNED, how many
+    directions carry the update, and how much of it is rounding in the stored dtype.
+
+    BASE and TUNED are folders or files of safetensors, or ids on the Hugging Face hub (org/name@revision); TUNED
+    may be a PEFT adapter of BASE. The report goes to DIR: report.html, one page that needs no network, beside
+    spectra.parquet with every number, summary.json, manifest.json and figures/*.svg. An interrupted run goes on
+    where it stopped when the same command is given again.
+
+    \b
+    Examples:
+      python -m spectra.report base/ tuned/
+      python -m spectra.report bert-base-uncased org/my-bert@main --out report/
+      python -m spectra.report base/ adapter/ --include attention --dry-run
+
+    \b
+    Exit codes:
+      0   done
+      1   done, but some tensors could not be analysed (NaN, unknown dtype, failure)
+      2   arguments that cannot work, or a checkpoint that cannot be opened
+      3   names or shapes do not match
+      4   a file that lies about itself, or could run code
+      130 interrupted
+    """  # noqa: D301
+    _check(flags)
+    if flags["verbose"]:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    out = Path(flags["out"] or default_out(tuned))
+    say = _speaker(quiet=flags["quiet"], to_stderr=bool(flags["as_json"]))
+
+    from spectra.comparison import execute, plan
+
+    todo = plan(
+        base,
+        tuned,
+        rank=flags["rank"],
+        exact=flags["exact"],
+        include=flags["include"],
+        exclude=flags["exclude"],
+        device=flags["device"],
+        max_memory=flags["max_memory"],
+        seed=flags["seed"],
+        trust_pickle=flags["trust_pickle"],
+        offline=flags["offline"],
+        allow_partial=flags["allow_partial"],
+    )
+    if flags["dry_run"]:
+        _print([*todo.lines(), f"the report would go to {out}"], to_stderr=False)
+        return 0
+    say(["plan", *(f"  {line}" for line in todo.lines()), ""])
+    measured = execute(todo, out=out, jobs=flags["jobs"], resume=not flags["no_resume"], progress=not flags["quiet"])
+
+    from spectra.report.build import build_report
+    from spectra.report.files import write_report
+
+    data = build_report(measured)
+    written = write_report(measured, out, data=data)
+    _print_report(data, written, quiet=flags["quiet"], as_json=bool(flags["as_json"]))
+    return 1 if data.failed else 0
+
+
+def default_out(tuned: str) -> str:
+    """Return the folder a report goes to without ``--out``: ``spectra-`` and the last part of the reference.
+
+    Parameters
+    ----------
+    tuned : str
+        A path or a hub id, as given.
+
+    Examples
+    --------
+    >>> default_out("models/my-bert/"), default_out("org/name@main"), default_out("a/model.safetensors")
+    ('spectra-my-bert', 'spectra-name', 'spectra-model')
+    """
+    path = Path(tuned)
+    last = path.resolve().name if path.exists() else tuned.rstrip("/").rsplit("/", 1)[-1].split("@")[0]
+    for suffix in (".safetensors", ".index.json", ".bin", ".pt", ".gguf"):
+        last = last.removesuffix(suffix)
+    return "spectra-" + (re.sub(r"[^\w.-]+", "_", last, flags=re.ASCII).strip("._-")[:80] or "report")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command.
+
+    Parameters
+    ----------
+    arguments : list of str, optional
+        The command line without the program's name.
+    """
+    return run(command, arguments, name=NAME)
+
+
+def _check(flags: dict[str, Any]) -> None:
+    """Refuse what cannot work together, before anything is opened."""
+    if flags["rank"] is not None and flags["exact"]:
+        raise click.UsageError("--rank K asks for part of the spectrum and --exact for all of it: give one of them.")
+    if flags["update_base"] is not None:
+        raise UsageError(
+            "--base, for comparing two updates of one base, is not in this version: give the base as BASE and one "
+            "update as TUNED, and make a report of each"
+        )
+    if flags["as_json"] not in (None, "-"):
+        raise click.UsageError("--json takes only - (stdout): the file summary.json is written to --out in any case.")
+    if flags["as_json"] and flags["dry_run"]:
+        raise click.UsageError("--dry-run computes nothing, so there is no summary for --json to print.")
+
+
+def _speaker(*, quiet: bool, to_stderr: bool) -> Any:
+    def say(lines: list[str]) -> None:
+        if not quiet:
+            _print(lines, to_stderr=to_stderr)
+
+    return say
+
+
+def _print(lines: list[str], *, to_stderr: bool) -> None:
+    for line in lines:
+        click.echo(printable(line), err=to_stderr)
+
+
+def _print_report(data: ReportData, written: list[Path], *, quiet: bool, as_json: bool) -> None:
+    from spectra.report.build import summary
+    from spectra.report.terminal import ansi, plain, render
+    from spectra.report.text import dump
+
+    stream = sys.stderr if as_json else sys.stdout
+    paint = ansi if _coloured(stream) else plain
+    text = "".join(f"{sentence}\n" for sentence in data.verdict) if quiet else render(data, paint=paint)
+    files = "written\n" + "".join(f"  {path}\n" for path in written)
+    try:
+        click.echo(text, file=stream, color=True)
+        click.echo(printable(files), file=stream, nl=False)
+        if as_json:
+            click.echo(dump(summary(data), indent=1))
+        stream.flush()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output()
+    if data.failed:
+        tell("error: some tensors could not be analysed; the flags above and their rows say why")
+
+
+def _coloured(stream: Any) -> bool:
+    """Colour only where a person looks, and never where NO_COLOR is set (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
