@@ -95,11 +95,11 @@ def _envelopes(spectrum: Spectrum, power: int) -> tuple[Vector, Vector]:
     rest_high = math.sqrt(others * energy_high)
     head_low, head_high = np.cumsum(low**power), np.cumsum(high**power)
     if power == 2:  # the total is known: ‖A‖²_F = 1
-        known_low, known_high = head_low, head_high
+        known_low, known_high = head_low - _FROBENIUS_RELATIVE_ERROR, head_high + _FROBENIUS_RELATIVE_ERROR
     else:  # P_j rises with the first j values and falls with all later ones
         known_low = _share(head_low, head_high[-1:] - head_high + rest_high)
         known_high = _share(head_high, head_low[-1:] - head_low + rest_low)
-    curve_low = np.concatenate([[0.0], known_low, np.full(others, known_low[-1] if known else 0.0)])
+    curve_low = np.concatenate([[0.0], np.maximum(known_low, 0.0), np.full(others, known_low[-1] if known else 0.0)])
     curve_high = np.concatenate([[0.0], known_high, np.ones(others)])
     if others and largest > 0:
         step = np.arange(1, others + 1)

@@ -258,16 +258,21 @@ def _with_bounds(spectrum: Spectrum, name: str, measure: _Measure, interval: _In
 
 
 def _against_noise(spectrum: Spectrum) -> Record:
-    """Random-matrix edges with the noise level matched to the median of the whole spectrum."""
+    """Random-matrix edges with the noise level matched to the median of the whole spectrum.
+
+    Rounding noise is not of one variance: where most entries did not change its few steps stand above the edge of even
+    noise. So what lies below the storage floor is not counted by either rank.
+    """
     median = float(np.median(spectrum.values))
     if median <= 0.0:
         return {}
+    floor = spectrum.certificate.storage_floor
     beta = min(spectrum.shape) / max(spectrum.shape)
     edge = finite_edge(spectrum.shape, noise_std(median, spectrum.shape))
     row: Record = {
         "mp_edge": edge,
-        "mp_rank": measures.rank_above(spectrum, edge),
-        "gd_rank": measures.rank_above(spectrum, gavish_donoho_unknown(beta) * median),
+        "mp_rank": measures.rank_above(spectrum, max(edge, floor)),
+        "gd_rank": measures.rank_above(spectrum, max(gavish_donoho_unknown(beta) * median, floor)),
     }
     try:
         row["decay_exponent"] = measures.decay_exponent(spectrum)

@@ -99,9 +99,8 @@ def choose(names: Collection[str], *, trust_pickle: bool, where: str) -> Choice:
     """
     top = sorted(name for name in names if "/" not in name)
     if "adapter_config.json" in top and not _merged_model(top):
-        files = tuple(name for name in top if name.startswith("adapter_model."))
-        return Choice("adapter", files)
-    weights = [name for name in top if not name.startswith("adapter_model.")]
+        return _choose_adapter(top, trust_pickle=trust_pickle, where=where)
+    weights = [name for name in top if not name.startswith("adapter_model")]
     chosen = _choose_ending(weights, "safetensors", SAFETENSORS, where)
     if chosen is not None:
         return chosen
@@ -127,9 +126,17 @@ def untrusted(where: str) -> UnsafeCheckpoint:
     )
 
 
+def _choose_adapter(top: list[str], *, trust_pickle: bool, where: str) -> Choice:
+    files = [name for name in top if name.startswith("adapter_model")]
+    safe = tuple(name for name in files if name.endswith((*SAFETENSORS, ".safetensors.index.json")))
+    if files and not safe and not trust_pickle:
+        raise untrusted(f"{where}: {listed(files)}")
+    return Choice("adapter", safe or tuple(files))
+
+
 def _merged_model(top: Collection[str]) -> bool:
     """A full model whose folder kept the configuration of an adapter that was merged into it."""
-    has_adapter = any(name.startswith("adapter_model.") for name in top)
+    has_adapter = any(name.startswith("adapter_model") for name in top)
     return not has_adapter and any(name.endswith((*SAFETENSORS, ".safetensors.index.json")) for name in top)
 
 
@@ -189,6 +196,11 @@ def _nothing_chosen(names: Collection[str], top: list[str], pickles: list[str], 
         reason = refusal(name)
         if reason is not None:
             return UnsupportedFormat(f"{where}: {shown(name)}: {reason}")
+    adapter = [name for name in top if name.startswith("adapter_model")]
+    if adapter:
+        return CheckpointNotFound(
+            f"{where} holds {listed(adapter)} without the adapter_config.json that says its scale"
+        )
     deeper = sorted({name.rpartition("/")[0] for name in names if "/" in name and name.endswith(SAFETENSORS)})
     if deeper:
         return CheckpointNotFound(

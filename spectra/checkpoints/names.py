@@ -278,7 +278,7 @@ def _verdict(name: str, base: Shape, tuned: Shape) -> tuple[str, str, str]:
 
 def _is_stack(name: str, shape: Shape) -> bool:
     parts = expert_parts(name)
-    return parts is not None and parts[1] is None and len(shape) == 3 and 0 < shape[0] <= _MOST_EXPERTS
+    return parts is not None and parts[1] is None and len(shape) == 3 and all(shape) and shape[0] <= _MOST_EXPERTS
 
 
 def _steps(*views: str) -> str:

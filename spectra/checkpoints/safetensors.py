@@ -82,7 +82,9 @@ def parse_header(header: bytes, *, data_bytes: int, file: str) -> Header:
 
 
 def _check_metadata(metadata: object, file: str) -> None:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) and is_unicode(key + value) for key, value in metadata.items()
+    ):
         raise UnsafeCheckpoint(f"{file}: __metadata__ does not map strings to strings")
 
 
@@ -91,8 +93,8 @@ def _check_entry(name: str, entry: Any, file: str) -> tuple[TensorInfo, int, int
     where = f"{file}: tensor {shown(name)}"
     if not is_unicode(name):
         raise UnsafeCheckpoint(f"{where}: the name is not valid Unicode")
-    if not isinstance(entry, dict) or not entry.keys() >= _FIELDS:
-        raise UnsafeCheckpoint(f"{where} is not described by dtype, shape and data_offsets")
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+        raise UnsafeCheckpoint(f"{where} is not described by exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not (dtype in BITS or _UNKNOWN_DTYPE.fullmatch(dtype)):
         raise UnsafeCheckpoint(f"{where} has no element type but {shown(dtype)}")

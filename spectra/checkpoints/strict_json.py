@@ -19,21 +19,26 @@ def parse_object(data: bytes, source: str, *, unique: bool = True) -> dict[str, 
     source : str
         What the bytes are, for messages: ``"model.safetensors: header"``.
     unique : bool
-        Refuse an object that has a key twice: two readers could then see two different checkpoints.
+        Refuse what readers disagree on, so that no two of them see different checkpoints: a key that stands twice,
+        and ``NaN`` and ``Infinity``, which Python writes and JSON does not have.
 
     Raises
     ------
     UnsafeCheckpoint
-        The bytes are not UTF-8, not JSON, not an object, nested too deeply, or have a key twice.
+        The bytes are not UTF-8, not JSON, not an object, nested too deeply, or, where `unique`, ambiguous.
 
     Examples
     --------
     >>> parse_object(b'{"a": [1, 2]}', "example")
     {'a': [1, 2]}
     """
-    hook = _unique_pairs if unique else None
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=hook)
+        text = data.decode("utf-8")
+        value = (
+            json.loads(text, object_pairs_hook=_unique_pairs, parse_constant=_no_constant)
+            if unique
+            else json.loads(text)
+        )
     except _RepeatedKey as error:
         raise UnsafeCheckpoint(f"{source} has the key {shown(error.key)} twice") from None
     except RecursionError:
@@ -117,6 +122,10 @@ class _RepeatedKey(Exception):
     def __init__(self, key: str) -> None:
         super().__init__(key)
         self.key = key
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

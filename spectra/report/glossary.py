@@ -8,7 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Term:
     """One measure. `kind` says how a value is printed: ``"number"``, ``"share"`` (as a percentage), or
-    ``"trace"`` (a percentage that nobody needs below a hundredth)."""
+    ``"trace"`` (a percentage that nobody needs below a hundredth).
+    """
 
     key: str
     label: str

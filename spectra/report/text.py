@@ -183,7 +183,7 @@ def trace(share: float | None) -> str:
     Examples
     --------
     >>> trace(0.03), trace(2e-6)
-    ('3.0\\xa0%', '<\\xa00.01\\xa0%')
+    ('3.0\xa0%', '<\xa00.01\xa0%')
     """
     return "<\xa00.01\xa0%" if share is not None and 0 < share < 1e-4 else percent(share)
 

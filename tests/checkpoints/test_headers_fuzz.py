@@ -224,7 +224,7 @@ def fuzz_indices(cases: int, *, seed: int = 0) -> Counter[str]:
         for file in accepted.values():
             parts = file.split("/")
             assert parts[-1].endswith(".safetensors"), text
-            assert not {"..", ".", "", "~"} & set(parts), text
+            assert not {"..", ".", ""} & set(parts), text
             assert not set("\\:\0") & set(file), text
     return outcomes
 

@@ -222,7 +222,7 @@ def hub() -> Iterator[Hub]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     yield hub
     server.shutdown()
@@ -289,6 +289,7 @@ def test_each_refusal_has_its_error_and_a_way_out(hub: Hub, tmp_path: Path) -> N
     hub.repositories["org/private"] = Repository({}, error=(401, "RepoNotFound"))
     hub.repositories["org/broken"] = Repository({}, error=(400, ""))
     hub.repositories["org/pickle"] = Repository({"pytorch_model.bin": b"pickle"})
+    hub.repositories["org/adapter"] = Repository({"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"})
     hub.repositories["org/gguf"] = Repository({"model-q4.gguf": b"GGUF"})
     index = {"weight_map": {"a": "../../../x.safetensors"}}
     hub.repositories["org/hostile"] = Repository({"model.safetensors.index.json": json.dumps(index).encode()})
@@ -300,6 +301,7 @@ def test_each_refusal_has_its_error_and_a_way_out(hub: Hub, tmp_path: Path) -> N
         "org/private",
         "org/broken",
         "org/pickle",
+        "org/adapter",
         "org/gguf",
         "org/hostile",
         "org/gguf@v9",
@@ -309,6 +311,7 @@ def test_each_refusal_has_its_error_and_a_way_out(hub: Hub, tmp_path: Path) -> N
         ("CheckpointError", "ask for access"),
         ("CheckpointNotFound", "If it is private, log in"),
         ("CheckpointError", "the hub gave no answer"),
+        ("UnsafeCheckpoint", "--trust-pickle"),
         ("UnsafeCheckpoint", "--trust-pickle"),
         ("UnsupportedFormat", "GGUF"),
         ("UnsafeCheckpoint", "no file of this folder"),

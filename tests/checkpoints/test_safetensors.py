@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,8 @@ LYING = {
     "metadata no object": (raw({"__metadata__": 1}), "__metadata__"),
     "metadata no strings": (raw({"__metadata__": {"a": 1}}), "__metadata__"),
     "entry no object": (raw({"w": [1]}), "tensor 'w' is not described"),
+    "field too many": (raw({"w": entry() | {"x": 1}}, bytes(8)), "tensor 'w' is not described"),
+    "bare NaN": (raw(b'{"__metadata__": NaN}'), "NaN is no JSON number"),
     "field missing": (raw({"w": {"dtype": "F32", "shape": []}}), "tensor 'w' is not described"),
     "dtype no string": (raw({"w": entry(dtype=7)}, bytes(8)), "tensor 'w' has no element type"),  # type: ignore[arg-type]
     "dtype no name": (raw({"w": entry("<b>")}, bytes(8)), "tensor 'w' has no element type"),
@@ -445,6 +448,27 @@ def test_two_versions_of_one_model(tmp_path: Path) -> None:
     assert list(opened(tmp_path / "ema.safetensors")) == ["w"]
 
 
+def test_adapter_folder_is_opened_as_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    class Adapter:
+        @staticmethod
+        def open(path: Path, *, ref: str, revision: str | None, trust_pickle: bool) -> str:
+            calls.append((path, ref, revision, trust_pickle))
+            return "an adapter"
+
+    module = types.ModuleType("spectra.checkpoints.adapter")
+    module.Adapter = Adapter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "spectra.checkpoints.adapter", module)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes(raw({}))
+    for ref in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        assert open_checkpoint(ref) == "an adapter"
+        assert calls.pop() == (tmp_path, str(ref), None, False)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "model.safetensors")  # what merging leaves behind
+    assert list(opened(tmp_path)) == []
+
+
 def test_several_indices(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.safetensors.index.json").write_text("{}")
@@ -467,6 +491,8 @@ def test_several_indices(tmp_path: Path) -> None:
         ([], CheckpointNotFound, "is empty"),
         (["tokenizer.json", "vocab.txt"], CheckpointNotFound, "holds a tokenizer but no weights"),
         (["unet/model.safetensors", "model_index.json"], CheckpointNotFound, "/unet"),
+        (["adapter_model.safetensors"], CheckpointNotFound, "adapter_config.json"),
+        (["adapter_model.bin", "adapter_config.json"], UnsafeCheckpoint, "--trust-pickle"),
         (["README.md"], CheckpointNotFound, "'README.md'"),
     ],
 )
