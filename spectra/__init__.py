@@ -12,7 +12,7 @@ from spectra.version import __version__
 
 if TYPE_CHECKING:
     from spectra.checkpoints import open_checkpoint
-    from spectra.comparison import Run, compare, plan
+    from spectra.comparison import compare, plan
     from spectra.delta import Delta, LowRankDelta, deltas
     from spectra.errors import SpectraError
     from spectra.linalg.factored import product_spectrum
@@ -42,11 +42,12 @@ if TYPE_CHECKING:
         truncation_error,
         truncation_error_bounds,
     )
+    from spectra.run import Run
     from spectra.values import Certificate, Spectrum
 
 _HOME = {
     "open_checkpoint": "spectra.checkpoints",
-    "Run": "spectra.comparison",
+    "Run": "spectra.run",
     "compare": "spectra.comparison",
     "plan": "spectra.comparison",
     "Delta": "spectra.delta",

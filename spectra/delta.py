@@ -1,8 +1,7 @@
-"""The update of one tensor: `Delta` subtracts two stored tensors, `LowRankDelta` holds an adapter's factors.
+"""The update of one tensor by reference: `Delta` of two stored tensors, `LowRankDelta` of an adapter's factors.
 
-Both hold references (checkpoint, name), never matrices, so that they are cheap to list and to send; both upcast before
-they subtract or multiply. Along with the difference one pass over the entries sums what the report needs: norms, the
-share of untouched entries, and the variance profile of the storage rounding.
+Deltas hold (checkpoint, name), never matrices, so that they are cheap to list and to send; all upcast before they
+subtract or multiply.
 """
 
 from __future__ import annotations
@@ -11,161 +10,19 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from spectra.checkpoints import Adapter, Checkpoint, TensorInfo, open_checkpoint
-from spectra.checkpoints.adapter import LowRankUpdate, ReplacementUpdate, ShiftUpdate, Update
+from spectra.checkpoints.adapter import DoraUpdate, LowRankUpdate, RebasedUpdate, ReplacementUpdate, ShiftUpdate
 from spectra.checkpoints.names import Pair, Pairing, pair_names
+from spectra.difference import Difference, RouteChoice, difference, rounding_variance
 from spectra.errors import MatrixError, NonFiniteMatrix, UsageError
 from spectra.linalg.factored import product_spectrum
-from spectra.linalg.matrix import Matrix, row_blocks
-from spectra.linalg.route import matrix_spectrum
-from spectra.theory.noise import FRACTION_BITS, LEAST_EXPONENT, StorageFloor, storage_floor
+from spectra.linalg.matrix import row_blocks, sum_of_squares
+from spectra.theory.noise import FRACTION_BITS, StorageFloor, storage_floor
 from spectra.values import Spectrum
-
-RouteChoice = Literal["auto", "gram", "bidiagonal", "sketch"]
-
-# Outside this range squares of float32 entries leave float32's own; such tensors are summed in float64.
-_SAFE_RANGE = (1e-15, 1e15)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """tuned − base as a matrix, and what one pass over the entries told about it.
-
-    Parameters
-    ----------
-    matrix : Tensor of shape (rows, cols), float32 or float64
-        The update. Kernels are flattened to (out, rest), vectors to (n, 1).
-    frobenius, base_frobenius : float
-        ‖tuned − base‖_F and ‖base‖_F, summed in float64.
-    floor : StorageFloor
-        What rounding to the two stored dtypes adds to the update. Rows that no entry of which changed carry none:
-        where both sides round the same number the errors cancel.
-    zero_fraction : float
-        Share of entries that are exactly equal on both sides.
-    merge_loss : float
-        For an adapter, ‖round(W + Δ) − (W + Δ)‖_F / ‖Δ‖_F on the grid of the base's dtype; NaN otherwise.
-    """
-
-    matrix: torch.Tensor
-    frobenius: float
-    base_frobenius: float
-    floor: StorageFloor
-    zero_fraction: float
-    merge_loss: float = math.nan
-
-    def spectrum(
-        self,
-        *,
-        rank: int | None = None,
-        route: RouteChoice = "auto",
-        seed: int = 0,
-        max_bytes: float = math.inf,
-        device: str | None = None,
-    ) -> Spectrum:
-        """Singular values of the update; see `spectra.spectrum` for the parameters."""
-        found = matrix_spectrum(
-            Matrix.of(self.matrix.to(device) if device else self.matrix, self.frobenius),
-            rank=rank,
-            route=route,
-            seed=seed,
-            storage_floor=self.floor.spectral,
-            max_bytes=max_bytes,
-        )
-        # Where two float32 numbers differ in size their difference is rounded once, by at most half an ulp of itself.
-        subtraction = torch.finfo(self.matrix.dtype).eps / 2.0 * self.frobenius
-        certificate = replace(found.certificate, roundoff=found.certificate.roundoff + subtraction)
-        return replace(found, certificate=certificate)
-
-
-def difference(
-    base: torch.Tensor, tuned: torch.Tensor, base_dtype: str, tuned_dtype: str, *, name: str = "the delta"
-) -> Difference:
-    """Subtract base from tuned, with the norms and the rounding of the result, in one blocked pass.
-
-    Parameters
-    ----------
-    base, tuned : Tensor of shape (rows, cols)
-        As stored, of any floating dtype. The tuned one may be overwritten.
-    base_dtype, tuned_dtype : str
-        Safetensors' names of the dtypes they were stored in, which decide the rounding.
-    name : str
-        How errors call it.
-
-    Raises
-    ------
-    NonFiniteMatrix
-        If either side holds NaN or infinity.
-    """
-    wide = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
-    out = tuned if tuned.dtype == wide and tuned.is_contiguous() else torch.empty(tuned.shape, dtype=wide)
-    profile = _Profile(base.shape[1])
-    frobenius: list[float] = []
-    base_frobenius: list[float] = []
-    zeros = 0
-    for b, t, d in zip(row_blocks(base), row_blocks(tuned), row_blocks(out), strict=True):
-        b_wide, t_wide = b.to(wide), t.to(wide)
-        delta = t_wide - b_wide
-        energy = delta.to(torch.float64, copy=True).square_().sum(1)  # (block rows,)
-        touched = energy > 0
-        profile.add(touched, (b_wide, base_dtype), (t_wide, tuned_dtype))
-        frobenius.append(float(energy.sum()))
-        base_frobenius.append(float(b_wide.to(torch.float64, copy=True).square_().sum()))
-        zeros += delta.numel() - int(torch.count_nonzero(delta))
-        d.copy_(delta)
-    total = math.fsum(frobenius)
-    if not math.isfinite(total):
-        raise NonFiniteMatrix(_nonfinite_message(name, base, out))
-    return Difference(
-        out, math.sqrt(total), math.sqrt(math.fsum(base_frobenius)), profile.floor(), zeros / max(1, out.numel())
-    )
-
-
-def _nonfinite_message(name: str, base: torch.Tensor, delta: torch.Tensor) -> str:
-    def count(tensor: torch.Tensor) -> int:
-        return sum(int((~torch.isfinite(rows.float())).sum()) for rows in row_blocks(tensor))
-
-    return f"{name}: {count(base)} NaN or infinite entries in base, {count(delta)} in the difference, of {base.numel()}"
-
-
-class _Profile:
-    """Row and column sums of the variance of storage rounding, gathered block by block."""
-
-    def __init__(self, cols: int) -> None:
-        self._rows: list[torch.Tensor] = []
-        self._cols = torch.zeros(cols, dtype=torch.float64)
-
-    def add(self, touched: torch.Tensor, *sides: tuple[torch.Tensor, str]) -> None:
-        rows = torch.zeros(touched.shape[0], dtype=torch.float64)
-        for weights, dtype in sides:
-            variance = _rounding_variance(weights, dtype)
-            if not bool(touched.all()):
-                variance *= touched[:, None]
-            rows += variance.sum(1)
-            self._cols += variance.sum(0)
-        self._rows.append(rows)
-
-    def floor(self) -> StorageFloor:
-        return storage_floor(torch.cat(self._rows).numpy(), self._cols.numpy())
-
-
-def _rounding_variance(weights: torch.Tensor, dtype: str) -> torch.Tensor:
-    """ulp²/12 of every weight on the grid of a stored dtype, by the bits of its exponent; 0 for zeros."""
-    if dtype not in FRACTION_BITS:
-        return torch.zeros_like(weights)
-    low, high = torch.aminmax(weights)
-    size = max(abs(float(low)), abs(float(high)))
-    if weights.dtype == torch.float32 and not _SAFE_RANGE[0] < size < _SAFE_RANGE[1]:
-        weights = weights.double()
-    integer, mask = (torch.int32, 0x7F800000) if weights.dtype == torch.float32 else (torch.int64, 0x7FF << 52)
-    power = (weights.contiguous().view(integer) & mask).view(weights.dtype)  # 2^⌊log₂|w|⌋
-    least = 2.0 ** LEAST_EXPONENT[dtype]
-    if least > 1e-30:  # a subnormal of a short dtype is a normal float32: its ulp stops shrinking
-        power = torch.where(weights == 0, 0.0, power.clamp_min(least))
-    return power.mul_(power).mul_(4.0 ** -FRACTION_BITS[dtype] / 12.0)
 
 
 @dataclass(frozen=True)
@@ -208,8 +65,8 @@ class Delta:
 
     def difference(self) -> Difference:
         """Read both tensors and subtract."""
-        base = _matrix(_viewed(self.base[self.base_name], self.view, "base"))
-        tuned = _matrix(_viewed(self.tuned[self.tuned_name], self.view, "tuned"))
+        base = as_rows(_viewed(self.base[self.base_name], self.view, "base"))
+        tuned = as_rows(_viewed(self.tuned[self.tuned_name], self.view, "tuned"))
         if base.shape != tuned.shape:
             raise MatrixError(f"{self.name}: base is {tuple(base.shape)} but tuned is {tuple(tuned.shape)}")
         return difference(base, tuned, self.base_info.dtype, self.tuned_info.dtype, name=self.name)
@@ -259,7 +116,7 @@ class LowRankDelta:
         b, a = (factor.double() for factor in self.factors())
         b = b * self.update.scale
         stored = self.base[self.update.name]
-        base = _matrix(stored)
+        base = as_rows(stored)
         energy, base_energy, lost, zeros = [], [], [], 0
         for w, rows in zip(row_blocks(base), torch.split(b, row_blocks(base)[0].shape[0]), strict=True):
             delta = (rows @ a).to(torch.float32 if w.dtype != torch.float64 else torch.float64)
@@ -285,7 +142,7 @@ class LowRankDelta:
     def _floor(self, b: torch.Tensor, a: torch.Tensor) -> StorageFloor:
         """Rounding of the stored factors: E = δB·A + B·δA to first order."""
         b_dtype, a_dtype = self.tuned.info(self.update.b).dtype, self.tuned.info(self.update.a).dtype
-        noise_b, noise_a = _rounding_variance(b, b_dtype), _rounding_variance(a, a_dtype)
+        noise_b, noise_a = rounding_variance(b, b_dtype), rounding_variance(a, a_dtype)
         floor_b = storage_floor(noise_b.sum(1).numpy(), noise_b.sum(0).numpy())
         floor_a = storage_floor(noise_a.sum(1).numpy(), noise_a.sum(0).numpy())
         norm_b, norm_a = (float(torch.linalg.matrix_norm(factor, 2)) for factor in (b, a))
@@ -312,7 +169,7 @@ class AdapterDelta:
     name: str
     base: Checkpoint
     tuned: Adapter
-    update: Update
+    update: DoraUpdate | ShiftUpdate | RebasedUpdate
 
     @property
     def base_info(self) -> TensorInfo:
@@ -322,7 +179,7 @@ class AdapterDelta:
     @property
     def tuned_info(self) -> TensorInfo:
         """What is stored of the adapter's first tensor for this update."""
-        source = self.update.source if isinstance(self.update, ShiftUpdate | ReplacementUpdate) else self.update.a
+        source = self.update.a if isinstance(self.update, DoraUpdate) else self.update.source
         return self.tuned.info(source)
 
     @property
@@ -331,13 +188,12 @@ class AdapterDelta:
         return matrix_shape(self.base_info.shape)
 
     def difference(self) -> Difference:
-        """Form the update and sum its norms; the adapter's own rounding is far below, only the base's dtype counts."""
+        """Form the update and sum its norms. It is exact to float32: only the base's norm knows of stored rounding."""
         base = self.base[self.update.name]
-        delta = _matrix(self.tuned.delta(self.update, base))
-        wide = _matrix(base).to(delta.dtype)
-        found = difference(wide, wide + delta, self.base_info.dtype, "", name=self.name)
-        exact = math.sqrt(math.fsum(float(rows.double().square().sum()) for rows in row_blocks(delta)))
-        return replace(found, matrix=delta, frobenius=exact, floor=StorageFloor(0.0, 0.0))
+        delta = self.tuned.delta(self.update, base)
+        wide = as_rows(base)[: len(delta)].to(delta.dtype)
+        found = difference(torch.zeros_like(wide), as_rows(delta), "", "", name=self.name)
+        return replace(found, base_frobenius=math.sqrt(sum_of_squares(wide)))
 
     def dense(self) -> torch.Tensor:
         """Give the update itself."""
@@ -358,7 +214,8 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _matrix(tensor: torch.Tensor) -> torch.Tensor:
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Read a tensor as a matrix, without copying where it is contiguous."""
     return tensor.reshape(matrix_shape(tuple(tensor.shape)))
 
 
@@ -376,9 +233,7 @@ def _steps(view: str, side: str) -> Iterator[tuple[str, int]]:
 
 def _viewed(tensor: torch.Tensor, view: str, side: str) -> torch.Tensor:
     for kind, number in _steps(view, side):
-        tensor = {"expert": lambda t, n: t[n], "transpose": lambda t, _: t.T, "rows": lambda t, n: t[:n]}[kind](
-            tensor, number
-        )
+        tensor = tensor[number] if kind == "expert" else tensor.T if kind == "transpose" else tensor[:number]
     return tensor
 
 
@@ -427,7 +282,10 @@ def _pair_adapter(base: Checkpoint, tuned: Adapter) -> tuple[Pairing, dict[str, 
         if isinstance(update, LowRankUpdate):
             found[name] = LowRankDelta(name, base, tuned, update)
         elif isinstance(update, ReplacementUpdate):
-            found[name] = Delta(name, base, tuned, name, update.source)
+            # Two tensors of one name: resized or transposed ones are told apart as in any two checkpoints.
+            (pairs[-1],) = pair_names({name: base.info(name)}, {name: tuned.info(update.source)}).pairs
+            if pairs[-1].status == "ok":
+                found[name] = Delta(name, base, tuned, name, update.source, pairs[-1].view)
         else:
             found[name] = AdapterDelta(name, base, tuned, update)
     new = [update for update in updates if update.name not in base]
@@ -488,7 +346,7 @@ def as_base(checkpoint: Checkpoint | Adapter) -> Checkpoint:
     if isinstance(checkpoint, Adapter):
         raise UsageError(
             f"{checkpoint.ref} is an adapter: it holds an update, not a model. Give the model it was trained on first "
-            f"(its adapter_config.json names {checkpoint.config.base_model_name_or_path!r}), then the adapter"
+            f"(its adapter_config.json names {checkpoint.config.base_model!r}), then the adapter"
         )
     return checkpoint
 

@@ -93,16 +93,19 @@ def _envelopes(spectrum: Spectrum, power: int) -> tuple[Vector, Vector]:
     # Of all sequences with this energy and this largest member, even ones have the most mass, packed ones the least.
     rest_low = energy_low / largest if largest > 0 else 0.0
     rest_high = math.sqrt(others * energy_high)
-    head_low, head_high = np.cumsum(low**power), np.cumsum(high**power)
+    head_low: Vector = np.cumsum(low**power)
+    head_high: Vector = np.cumsum(high**power)
     if power == 2:  # the total is known: ‖A‖²_F = 1
         known_low, known_high = head_low - _FROBENIUS_RELATIVE_ERROR, head_high + _FROBENIUS_RELATIVE_ERROR
     else:  # P_j rises with the first j values and falls with all later ones
-        known_low = _share(head_low, head_high[-1:] - head_high + rest_high)
-        known_high = _share(head_high, head_low[-1:] - head_low + rest_low)
-    curve_low = np.concatenate([[0.0], np.maximum(known_low, 0.0), np.full(others, known_low[-1] if known else 0.0)])
+        known_low = _share(head_low, np.asarray(head_high[-1:] - head_high + rest_high))
+        known_high = _share(head_high, np.asarray(head_low[-1:] - head_low + rest_low))
+    curve_low = np.concatenate(
+        [[0.0], np.maximum(known_low, 0.0), np.full(others, max(0.0, known_low[-1]) if known else 0.0)]
+    )
     curve_high = np.concatenate([[0.0], known_high, np.ones(others)])
     if others and largest > 0:
-        step = np.arange(1, others + 1)
+        step: Vector = np.arange(1.0, others + 1.0)
         remaining = np.maximum(0.0, energy_low - step * largest**2) * float(largest) ** (power - 2)
         before = head_high[-1] if known else 0.0
         curve_high[known + 1 :] = _share(before + step * largest**power, remaining)
@@ -347,7 +350,7 @@ def energy_curve(spectrum: Spectrum) -> NDArray[np.float64]:
         return np.full(len(spectrum.values) + 1, np.nan)
     squares = np.concatenate([[0.0], np.cumsum((spectrum.values / spectrum.frobenius) ** 2)])
     # The curve of a complete spectrum ends in exactly 1.
-    return squares / squares[-1] if spectrum.complete else np.minimum(squares, 1.0)
+    return np.asarray(squares / squares[-1] if spectrum.complete else np.minimum(squares, 1.0), dtype=np.float64)
 
 
 def truncation_error(spectrum: Spectrum, rank: int) -> float:
@@ -379,6 +382,7 @@ def truncation_error(spectrum: Spectrum, rank: int) -> float:
     """
     if rank < 0:
         raise ValueError(f"rank = {rank} is negative")
+    rank = min(rank, spectrum.rank_limit)
     if rank > len(spectrum.values):
         _complete(spectrum, "truncation_error")
     if spectrum.frobenius == 0.0:

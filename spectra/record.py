@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from spectra import measures
 from spectra.checkpoints import TensorInfo
 from spectra.checkpoints.names import Pair, layer_and_role
-from spectra.delta import AnyDelta, Delta, Difference, LowRankDelta, RouteChoice, is_float, matrix_shape
+from spectra.delta import AnyDelta, Delta, LowRankDelta, is_float, matrix_shape
+from spectra.difference import Difference, RouteChoice
 from spectra.errors import (
     CheckpointError,
     IncompleteSpectrum,
@@ -42,15 +44,15 @@ _BOUNDED: dict[str, tuple[_Measure, _Interval]] = {
     "numerical_rank": (measures.numerical_rank, measures.numerical_rank_bounds),
     **{
         f"rank_{percent}": (
-            lambda s, share=percent / 100: measures.energy_rank(s, share),
-            lambda s, share=percent / 100: measures.energy_rank_bounds(s, share),
+            partial(measures.energy_rank, share=percent / 100),
+            partial(measures.energy_rank_bounds, share=percent / 100),
         )
         for percent in ENERGY_SHARES
     },
     **{
         f"error_r{rank}": (
-            lambda s, rank=rank: measures.truncation_error(s, min(rank, s.rank_limit)),
-            lambda s, rank=rank: measures.truncation_error_bounds(s, rank),
+            partial(measures.truncation_error, rank=rank),
+            partial(measures.truncation_error_bounds, rank=rank),
         )
         for rank in ERROR_RANKS
     },

@@ -60,7 +60,8 @@ class Run:
                 data[column] = pd.Series([pd.NA if c is None else int(c) for c in cells], dtype="Int64")
             else:
                 data[column] = pd.Series([math.nan if c is None else float(c) for c in cells], dtype="float64")
-        return pd.DataFrame(data)
+        frame: pd.DataFrame = pd.DataFrame(data)
+        return frame
 
     @cached_property
     def _by_name(self) -> Mapping[str, Record]:
@@ -119,7 +120,8 @@ class Run:
                 }
             )
         columns = ["role", "matrices", "parameters", "relative_frobenius", "signal_rank", "entropy_rank", "rank_90"]
-        return pd.DataFrame(rows, columns=[*columns, "rounding_share"])
+        groups: pd.DataFrame = pd.DataFrame(rows, columns=[*columns, "rounding_share"])
+        return groups
 
     @property
     def plot(self) -> RunPlots:
@@ -228,7 +230,9 @@ class RunPlots:
         frame = self.run.frame
         found = frame[frame.singular_values.map(len) > 0]
         table = found.pivot_table(index="layer", columns="role", values="relative_frobenius", sort=False)
-        plot_heatmap(ax, table, label="‖Δ‖ / ‖W‖")
+        layers, roles = [str(layer) for layer in table.index], [str(role) for role in table.columns]
+        plot_heatmap(ax, table.to_numpy(), row_labels=layers, col_labels=roles, label="‖Δ‖ / ‖W‖")
+        ax.tick_params(axis="x", rotation=90)
         return ax
 
 

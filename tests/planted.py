@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import mpmath
 import numpy as np
@@ -79,7 +79,7 @@ GALLERY = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def exact_values(name: str) -> Array:
     """Singular values of a gallery matrix, from 80-digit arithmetic on its float64 entries."""
     with mpmath.workdps(80):

@@ -48,7 +48,7 @@ def test_tracy_widom_quantile_from_painleve():
     ai, ai_prime, _, _ = special.airy(start)
 
     def right(s, y):
-        q, dq, i, j, _ = y  # i = ∫q², j = ∫∫q² = ∫(x−s)q², last: ∫q
+        q, dq, i, _, _ = y  # i = ∫q², j = ∫∫q² = ∫(x−s)q², last: ∫q
         return [dq, s * q + 2 * q**3, -(q**2), -i, -q]
 
     tail = integrate.quad(lambda x: special.airy(x)[0], start, 20)[0]
@@ -61,7 +61,7 @@ def test_tracy_widom_quantile_from_painleve():
         return math.exp(-0.5 * k - 0.5 * j)
 
     quantile = optimize.brentq(lambda s: cdf(s) - 0.999, 2.5, 4.5)
-    assert noise.TRACY_WIDOM_999 == pytest.approx(quantile, abs=2e-3)
+    assert pytest.approx(quantile, abs=2e-3) == noise.TRACY_WIDOM_999
 
 
 def test_noise_alone_stays_below_the_finite_edge():
@@ -112,10 +112,7 @@ def cast_pair(dtype, relative, seed=0, rank=None, shape=(384, 384)):
     """Base stored in a dtype, an exact update of relative size, and both cast."""
     rng = np.random.default_rng(seed)
     base = torch.from_numpy(rng.standard_normal(shape) * 0.04).to(dtype)
-    if rank:
-        update = planted(np.ones(rank), *shape, seed=seed)
-    else:
-        update = rng.standard_normal(shape)
+    update = planted(np.ones(rank), *shape, seed=seed) if rank else rng.standard_normal(shape)
     update *= relative * float(torch.linalg.norm(base.double())) / np.linalg.norm(update)
     tuned = (base.double() + torch.from_numpy(update)).to(dtype)
     return base, tuned, update

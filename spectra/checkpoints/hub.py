@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -14,6 +15,7 @@ from spectra.errors import CheckpointError, CheckpointNotFound, SpectraError
 
 _ID = re.compile(r"(?P<repo>\w[\w.-]{0,95}(/\w[\w.-]{0,95})?)(@(?P<revision>[\w][\w./-]{0,254}))?", re.ASCII)
 TIMEOUT = 30.0  # seconds for the first answer; a hub that is up gives it in well under one
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 # What a mistyped local path ends in, and no repository's name does.
 _FILE_ENDINGS = (*SAFETENSORS, *PICKLES, ".json", ".gguf", ".onnx", ".h5", ".npz", ".msgpack")
 
@@ -174,6 +176,8 @@ class _Repository:
                 f"{self.repo!r} is neither a path on this machine nor a model on the hub. If it is private, log in "
                 "with `hf auth login` or set HF_TOKEN."
             ) from error
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise CheckpointError(f"{self.id} cannot be stored in the hub's cache: {error}") from error
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         try:
             snapshot = self.cached()

@@ -17,9 +17,11 @@ from spectra.errors import UnsafeCheckpoint, UnsupportedFormat
 
 # Longest pattern, deepest parentheses, most states. A name of a module written as a pattern has some 60 characters.
 _LONGEST, _DEEPEST, _MOST_STATES = 1000, 30, 2000
-# Steps that all look-ups of one table may take, about a second: 600 patterns against 600 modules, nearly all of which
-# fail at once, take about 400 000.
-_MOST_STEPS = 3_000_000
+# Patterns of one table that are more than names, and the states they may have together: about half a second's work.
+_MOST_EXPRESSIONS, _MOST_STATES_TOGETHER = 1000, 30_000
+# Steps that all look-ups of one table may take, about a second. A name for each of 560 modules of a model of 80 layers
+# takes 160 000, ten expressions against them 220 000.
+_MOST_STEPS = 1_000_000
 
 _PLAIN = re.compile(r"(?:[\w\-.]|\\[^\w\s])*", re.ASCII)
 _REPEAT = re.compile(r"\{(\d{1,3})(,?)(\d{0,3})\}")
@@ -56,7 +58,15 @@ class PatternTable:
         self._source = source
         self._steps = 0
         self._found: dict[str, float | None] = {}
-        self._entries = [(_matcher(pattern, source), value) for pattern, value in values.items()]
+        self._entries: list[tuple[_Plain | _Automaton, float]] = []
+        expressions, states = 0, 0
+        for pattern, value in values.items():
+            matcher = _matcher(pattern, source)
+            if isinstance(matcher, _Automaton):
+                expressions, states = expressions + 1, states + len(matcher.edges)
+            if expressions > _MOST_EXPRESSIONS or states > _MOST_STATES_TOGETHER:
+                raise UnsafeCheckpoint(f"{source} holds more regular expressions than any genuine adapter needs")
+            self._entries.append((matcher, value))
 
     def find(self, module: str) -> float | None:
         """Value of the first pattern that matches a module's path, or None."""
@@ -69,7 +79,7 @@ class PatternTable:
         self._steps += steps
         if self._steps > _MOST_STEPS:
             raise UnsafeCheckpoint(
-                f"{self._source}: {len(self._entries)} patterns would take too long to match against the modules; "
+                f"{self._source}: the patterns would take too long to match against the modules; "
                 "write plain module names in their place"
             )
         return matched
@@ -90,6 +100,7 @@ class _Plain:
         characters = re.findall(r"\\?.", pattern)
         self._characters = [None if c == "." else c[-1] for c in characters]
         self._literal = "".join(c or "." for c in self._characters)
+        self._exact = None not in self._characters
 
     def match(self, module: str) -> tuple[bool, int]:
         start = len(module) - len(self._literal)
@@ -97,6 +108,8 @@ class _Plain:
             return False, 1
         if module.endswith(self._literal):
             return True, 1
+        if self._exact:
+            return False, 1
         pairs = zip(module[start:], self._characters, strict=True)
         return all(want is None or have == want for have, want in pairs), 1 + len(self._literal) // 8
 
@@ -115,7 +128,7 @@ class _Automaton:
         for i, character in enumerate(module):
             after = set()
             for state in states:
-                steps += len(self.edges[state])
+                steps += 2 * len(self.edges[state])  # an edge costs twice what a failing name does
                 after |= {to for test, to in self.edges[state] if test is not None and test(character)}
             # A match may begin after any dot.
             if character == "." and i + 1 < len(module) and not self.only_whole_names:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from spectra.checkpoints import hub
+from spectra.checkpoints.adapter import Adapter
 from spectra.checkpoints.checkpoint import Checkpoint, TensorFile
 from spectra.checkpoints.folder import (
     PICKLES,
@@ -23,10 +23,8 @@ from spectra.checkpoints.folder import (
     untrusted,
 )
 from spectra.checkpoints.safetensors import SafetensorsFile
+from spectra.checkpoints.torch_pickle import TorchPickleFile
 from spectra.errors import CheckpointError, CheckpointNotFound, UnsupportedFormat
-
-if TYPE_CHECKING:
-    from spectra.checkpoints.adapter import Adapter
 
 
 def open_checkpoint(
@@ -77,10 +75,10 @@ def open_checkpoint(
     {'query.weight': TensorInfo(name='query.weight', dtype='F32', shape=(3, 2), file='model.safetensors', nbytes=24)}
     """
     name = os.fspath(ref)
-    path = Path(name).expanduser()
     try:
-        exists = path.exists()
-    except (OSError, ValueError) as error:  # a name that is too long, holds a null byte, or lies behind a closed door
+        path = Path(name).expanduser()
+        exists = bool(name) and path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, a closed door, an unknown ~user
         raise CheckpointError(f"{name!r} cannot be opened: {error}") from None
     if exists:
         return _open_local(path, ref=name, revision=None, trust_pickle=trust_pickle)
@@ -102,17 +100,9 @@ def _open_local(
         folder = path.parent
         choice = _choose_file(path, trust_pickle=trust_pickle)
     if choice.kind == "adapter":
-        from spectra.checkpoints.adapter import Adapter
-
         return Adapter.open(folder, ref=ref, revision=revision, trust_pickle=trust_pickle)
-    weight_map: dict[str, str] = {}
-    beside: tuple[Path, ...] = ()
-    names: Sequence[str] = choice.files
-    if choice.index is not None:
-        index = contained(folder, choice.index)
-        beside = (index,)
-        weight_map = read_index(index, endings=SAFETENSORS if choice.kind == "safetensors" else PICKLES)
-        names = sorted(set(weight_map.values()))
+    weight_map, index = _read_index(folder, choice)
+    names = sorted(set(weight_map.values())) or choice.files
     # A file that the user named may be a link to anywhere; one that a folder or an index named may not.
     named = path.name if path is not folder else None
     paths = [path if name == named else contained(folder, name) for name in names]
@@ -124,12 +114,20 @@ def _open_local(
         root=path,
         revision=revision,
         config=config,
-        beside=(*beside, *config_path),
+        beside=(*index, *config_path),
         notes=(*notes, *choice.notes),
     )
-    if choice.index is not None:
-        cross_check(weight_map, zip(names, files, strict=True), folder / choice.index)
+    for source in index:
+        cross_check(weight_map, zip(names, files, strict=True), source)
     return checkpoint
+
+
+def _read_index(folder: Path, choice: Choice) -> tuple[dict[str, str], tuple[Path, ...]]:
+    """Which file the index puts each tensor in, and the index's path; both empty where there is none."""
+    if choice.index is None:
+        return {}, ()
+    path = contained(folder, choice.index)
+    return read_index(path, endings=SAFETENSORS if choice.kind == "safetensors" else PICKLES), (path,)
 
 
 def _choose_file(path: Path, *, trust_pickle: bool) -> Choice:
@@ -154,6 +152,4 @@ def _choose_file(path: Path, *, trust_pickle: bool) -> Choice:
 def _open_file(path: Path, name: str, *, kind: str) -> TensorFile:
     if kind == "safetensors":
         return SafetensorsFile(path, name=name)
-    from spectra.checkpoints.torch_pickle import TorchPickleFile
-
     return TorchPickleFile(path, name=name)

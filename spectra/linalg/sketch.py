@@ -120,25 +120,18 @@ def _krylov(a: torch.Tensor, width: int, blocks: int, generator: torch.Generator
 def _orthonormal_against(new: torch.Tensor, known: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Orthonormal columns, orthogonal to the orthonormal known, whose span holds what new adds to it.
 
-    Projected and factored twice: once is not enough, twice is (Parlett, "The Symmetric Eigenvalue Problem", 6.9). Where
-    new adds nothing more its columns are rounding errors, or zeros, and would come out in the span of known: random ones
-    take their place, which keeps the basis orthonormal and can only help it.
+    Projected and factored twice: once is not enough, twice is (Parlett, "The Symmetric Eigenvalue Problem", 6.9).
+    Where new adds nothing more its columns are rounding errors, or zeros, and would come out in the span of known:
+    random ones take their place, which keeps the basis orthonormal and can only help it.
     """
-    size = float(torch.linalg.vector_norm(new, dim=0).max())
-    lost = torch.ones(new.shape[1], dtype=torch.bool, device=new.device)
-    passes = 2
-    while passes:
-        new = new - known @ (known.T @ new)
-        new, triangle = torch.linalg.qr(new)
-        if size:
-            lost = triangle.diagonal().abs() <= _BREAKDOWN * torch.finfo(new.dtype).eps * size
-        if bool(lost.any()) and passes == 2:
-            fresh = torch.randn(new.shape, generator=generator, dtype=new.dtype).to(new.device)
-            new = torch.where(lost, fresh / math.sqrt(new.shape[0]), new)
-            new = torch.linalg.qr(new - known @ (known.T @ new))[0]
-        passes -= 1
-        size = 1.0
-    return new
+    size = torch.linalg.vector_norm(new, dim=0).max()
+    new, triangle = torch.linalg.qr(_deflated(new, known))
+    lost = triangle.diagonal().abs() <= _BREAKDOWN * torch.finfo(new.dtype).eps * size
+    if bool(lost.any()):
+        fresh = torch.randn(new.shape, generator=generator, dtype=new.dtype).to(new.device)
+        new = torch.linalg.qr(_deflated(torch.where(lost, fresh, new), known))[0]
+    basis: torch.Tensor = torch.linalg.qr(_deflated(new, known))[0]
+    return basis
 
 
 def tail_norm(a: torch.Tensor, left: torch.Tensor, generator: torch.Generator) -> float:

@@ -77,7 +77,7 @@ def parse_pattern(ctx: click.Context, param: click.Parameter, value: str | None)
 
 @click.command(
     "report",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     short_help="What fine-tuning did to the weights.",
 )
 @click.argument("base")
@@ -122,7 +122,7 @@ def command(base: str, tuned: str, **flags: Any) -> int:
     \b
     Exit codes:
       0   done
-      1   done, but some tensors could not be analysed (NaN, unknown dtype, failure)
+      1   done, but some tensors could not be analysed (NaN, unknown dtype, …)
       2   arguments that cannot work, or a checkpoint that cannot be opened
       3   names or shapes do not match
       4   a file that lies about itself, or could run code

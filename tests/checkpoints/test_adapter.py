@@ -155,7 +155,7 @@ def test_a_tied_tensor_is_merged_under_both_names(tmp_path: Path) -> None:
     saved = {"base_model.model.lm_head.weight": random_tensor(6, 5, seed=9)} | factors(
         path="base_model.model.embed_tokens"
     )
-    with pytest.raises(UnsupportedFormat, match="stores once|twice"):
+    with pytest.raises(UnsupportedFormat, match=r"stores once|twice"):
         write_adapter(tmp_path / "both", saved | factors(path="base_model.model.lm_head")).merged(base)
 
 
@@ -186,7 +186,7 @@ BASE = {"layers.0.q.weight": TensorInfo("layers.0.q.weight", "F32", (6, 5), "", 
         ({f"{Q}.lora_B.weight": random_tensor(2, 5)}, {}, MismatchError, "lora_A"),
         (factors() | {f"{Q}.lora_C.weight": random_tensor(2, 5)}, {}, UnsupportedFormat, "lora_C"),
         (factors() | {f"{Q}.lora_A.a.b.weight": random_tensor(2, 5)}, {}, UnsupportedFormat, "not understood"),
-        (factors() | factors(path="base_model.model.k").copy() | {"surplus": random_tensor(2)}, {}, MismatchError, "k.weight"),
+        (factors() | factors(path="base_model.model.k"), {}, MismatchError, "k.weight"),
         (factors() | {"surplus": random_tensor(2)}, {}, UnsupportedFormat, "surplus"),
         (factors() | {f"{Q}.hada_w1_a": random_tensor(2, 5)}, {}, UnsupportedFormat, "LoHa"),
         ({f"{Q}.lokr_w1": random_tensor(2, 5)}, {}, UnsupportedFormat, "LoKr"),
@@ -227,7 +227,7 @@ BASE = {"layers.0.q.weight": TensorInfo("layers.0.q.weight", "F32", (6, 5), "", 
         (factors(), {"alpha_pattern": {"q": None}}, UnsafeCheckpoint, "alpha_pattern.*q"),
         (factors(), {"alpha_pattern": {"q(": 1}}, UnsafeCheckpoint, r"'q\(' is no regular expression"),
         (factors(), {"alpha_pattern": {"(?=q)q": 1}}, UnsupportedFormat, "needs more than groups"),
-        (factors(), {"alpha_pattern": {r"(q)\1": 1}}, UnsupportedFormat, "needs more than groups"),
+        (factors(), {"alpha_pattern": {r"(q)\2": 1}}, UnsupportedFormat, "needs more than groups"),
         (factors(), {"alpha_pattern": {"q" * 2000: 1}}, UnsafeCheckpoint, "2000 characters"),
         (factors(), {"alpha_pattern": {"((q{99}){99}){99}": 1}}, UnsafeCheckpoint, "repeats too much"),
         (factors(), {"modules_to_save": "score"}, UnsafeCheckpoint, "modules_to_save"),
@@ -266,7 +266,7 @@ def test_missing_large_and_pickled_files(tmp_path: Path) -> None:
         Adapter.open(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(CheckpointNotFound, match="no adapter_model.safetensors"):
+    with pytest.raises(CheckpointNotFound, match=r"no adapter_model\.safetensors"):
         Adapter.open(tmp_path)
     torch.save(factors(), tmp_path / "adapter_model.bin")
     with pytest.raises(UnsafeCheckpoint, match="trust-pickle"):
@@ -283,24 +283,25 @@ def test_no_pattern_hangs(pattern: str) -> None:
     for name in ("a" * 200, "a." * 500, "a" * 20_000):
         try:
             PatternTable({pattern: 1}, source="test").find(name)
-        except UnsafeCheckpoint as error:
-            assert "too long to match" in str(error)
+        except UnsafeCheckpoint:
+            continue
     # Backtracking would take 2^200 steps; the bound on steps is about a second for each of the three names.
     assert time.perf_counter() - start < 20
 
 
 VALUES: list[Any] = [
-    None, True, False, 0, 1, 2, -1, 10**40, 2.5, 1e308, float("nan"), float("inf"), "", "LORA", "lora", "IA3", "all", "pissa", [],
-    ["q"], [1], [[]], {}, {"q": 2}, {"q": "x"}, {"(a+)+": 2}, {"[": 1}, {"": 2}, {"q|": 4}, {"^q$": 2}, {"\ud800": 2}, "x" * 5000,
+    None, True, False, 0, 1, 2, -1, 10**40, 2.5, 1e308, float("nan"), float("inf"), "", "LORA", "lora", "IA3", "all",
+    "pissa", [], ["q"], [1], [[]], {}, {"q": 2}, {"q": "x"}, {"(a+)+": 2}, {"[": 1}, {"": 2}, {"q|": 4}, {"^q$": 2},
+    {"\ud800": 2}, "x" * 5000,
 ]  # fmt: skip
 FIELDS = [
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias",
     "lora_bias", "modules_to_save", "target_modules", "init_lora_weights", "target_parameters", "task_type", "surplus",
 ]  # fmt: skip
 PIECES = [
-    "base_model", "model", "layers", "0", "q", "experts", "lm_head", "embed_tokens", "module", "base_layer", "modules_to_save",
-    "default", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "weight", "bias", "",
-    "hada_w1_a", "\u202e", "a" * 3000, "lora_E", "original_module",
+    "base_model", "model", "layers", "0", "q", "experts", "lm_head", "embed_tokens", "module", "base_layer", "default",
+    "modules_to_save", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "weight",
+    "bias", "", "hada_w1_a", "\u202e", "a" * 3000, "lora_E", "original_module",
 ]  # fmt: skip
 
 
@@ -316,7 +317,7 @@ def fuzz(cases: int, *, seed: int) -> dict[str, int]:
         if chance.random() < 0.1:
             data = data[: chance.randrange(len(data))] + bytes([chance.randrange(256)])
         start = time.perf_counter()
-        end = "read"
+        end, said = "read", ""
         try:
             config = parse_adapter_config(parse_object(data, "fuzz", unique=False), source="fuzz")
             infos, base = _random_keys(chance), _random_base(chance)
@@ -325,9 +326,9 @@ def fuzz(cases: int, *, seed: int) -> dict[str, int]:
             updates = find_updates(keys, config, infos, base, source="fuzz")
             assert len({update.name for update in updates}) == len(updates)
         except SpectraError as error:
-            end = type(error).__name__
-            assert len(str(error)) < 20_000
-        assert time.perf_counter() - start < 1 or end == "UnsafeCheckpoint", (data, end)
+            end, said = type(error).__name__, str(error)
+        assert len(said) < 20_000
+        assert time.perf_counter() - start < 1, (data, end)
         ends[end] = ends.get(end, 0) + 1
     return ends
 
@@ -360,7 +361,7 @@ def _random_base(chance: random.Random) -> dict[str, TensorInfo]:
     prefix = chance.choice(["", "model.", "module."])
     names = [f"{prefix}layers.{i}.q.{last}" for i in range(3) for last in ("weight", "bias")]
     names += [".".join(chance.choices(PIECES, k=chance.randrange(1, 5))) for _ in range(3)]
-    chosen = chance.sample(names, chance.randrange(len(names)))
+    chosen = chance.sample(names, chance.choice([9, 9, 9, chance.randrange(9)]))
     return {name: TensorInfo(name, "F32", (6, 5) if name.endswith("weight") else (6,), "", 0) for name in chosen}
 
 

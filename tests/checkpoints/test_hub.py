@@ -106,6 +106,13 @@ def test_what_the_cache_lacks_says_how_to_get_it(tmp_path: Path, ref: str) -> No
         open_checkpoint(ref, offline=True, cache_dir=tmp_path)
 
 
+def test_the_environment_can_switch_looking_up_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached(tmp_path, {"model.safetensors": save({"a": WEIGHT})})
+    checkpoint = open_checkpoint("org/name", cache_dir=tmp_path)
+    assert (checkpoint.revision, checkpoint.notes) == (COMMIT, ())
+
+
 def test_shard_missing_from_the_cache_is_named(tmp_path: Path) -> None:
     snapshot = cached(tmp_path, SHARDED)
     (snapshot / "model-00002-of-00002.safetensors").unlink()

@@ -114,7 +114,7 @@ def test_second_driver_takes_over_and_says_so(monkeypatch):
 def test_refusals_name_the_matrix_and_count():
     bad = torch.ones(3, 3)
     bad[0, 1], bad[2, 2] = float("nan"), float("inf")
-    with pytest.raises(NonFiniteMatrix, match="layer.7.*2 NaN or infinite entries of 9"):
+    with pytest.raises(NonFiniteMatrix, match=r"layer\.7.*2 NaN or infinite entries of 9"):
         as_matrix(bad, name="layer.7")
     with pytest.raises(MatrixError, match=r"\(3,\)"):
         as_matrix(torch.ones(3))

@@ -1,4 +1,4 @@
-"""The sketch: its intervals contain the truth, deterministically and with the stated probability, on every kind of tail."""
+"""The sketch: its intervals contain the truth, with and without the probability, on every kind of tail."""
 
 import numpy as np
 import pytest

@@ -29,8 +29,8 @@ BOUNDED = (
 )  # fmt: skip
 COLUMNS = (
     "name", "layer", "role", "rows", "cols", "dtype_base", "dtype_tuned", "status", "reason", "route", "frobenius",
-    "relative_frobenius", "base_frobenius", "storage_floor", "storage_frobenius", "zero_fraction", "merge_loss", "mp_edge", "mp_rank",
-    "gd_rank", "decay_exponent", "gap", "tail_norm", "roundoff", *BOUNDED,
+    "relative_frobenius", "base_frobenius", "storage_floor", "storage_frobenius", "zero_fraction", "merge_loss",
+    "mp_edge", "mp_rank", "gd_rank", "decay_exponent", "gap", "tail_norm", "roundoff", *BOUNDED,
     *(f"{name}_{end}" for name in BOUNDED for end in ("low", "high")),
 )  # fmt: skip
 HOSTILE = (
@@ -60,7 +60,9 @@ class PlantedRun:
         return path
 
 
-def spectrum(shape: tuple[int, int], rng: np.random.Generator, *, signal: int, noise: float, decay: float) -> np.ndarray:
+def spectrum(
+    shape: tuple[int, int], rng: np.random.Generator, *, signal: int, noise: float, decay: float
+) -> np.ndarray:
     """`signal` values falling as a power law over a quarter-circle bulk that ends at `noise`."""
     p = min(shape)
     bulk = noise * np.sqrt(np.linspace(1.0, 0.0025, p))
@@ -133,7 +135,9 @@ def matrix_row(
         fields |= found | {"singular_values": s}
     else:
         gap = float(np.sqrt(np.sum(s[keep:] ** 2)))
-        fields |= {f"{k}_low": v * 0.98 for k, v in found.items()} | {f"{k}_high": min(v * 1.05, min(shape)) for k, v in found.items()}
+        fields |= {f"{k}_low": v * 0.98 for k, v in found.items()} | {
+            f"{k}_high": min(v * 1.05, min(shape)) for k, v in found.items()
+        }
         fields |= {"singular_values": s[:keep], "singular_values_high": np.sqrt(s[:keep] ** 2 + s[keep] ** 2)}
         fields |= {"gap": gap, "tail_norm": float(s[keep]), "route": "sketch: block Krylov, 80 columns, 2 iterations"}
         fields |= {"mp_edge": math.nan, "mp_rank": math.nan, "gd_rank": math.nan}
@@ -144,8 +148,9 @@ def planted_run(*, hostile: bool = False, layers: int = 6, seed: int = 0) -> Pla
     """A full report's worth: every role, a truncated embedding, vectors, buffers, a noisy layer, a NaN."""
     rng = np.random.default_rng(seed)
     table = [_embedding(rng)]
-    table.append(row("embeddings.position_ids", None, "embeddings.position_ids", (1, 512), "base_only", dtype_base="I64",
-                     dtype_tuned="", reason="buffer on one side only"))  # fmt: skip
+    ids = "embeddings.position_ids"
+    one_side = {"dtype_base": "I64", "dtype_tuned": "", "reason": "buffer on one side only"}
+    table.append(row(ids, None, ids, (1, 512), "base_only", **one_side))
     for layer in range(layers):
         for place, (role, shape) in enumerate(ROLES.items()):
             name = f"encoder.layer.{layer}.{role}"
@@ -160,8 +165,18 @@ def planted_run(*, hostile: bool = False, layers: int = 6, seed: int = 0) -> Pla
             table.append(row(f"{name}.bias", layer, f"{role}.bias", (shape[0],), "vector", frobenius=1e-3,
                              relative_frobenius=0.004, base_frobenius=0.25))  # fmt: skip
         norm = f"encoder.layer.{layer}.output.LayerNorm.weight"
-        table.append(row(norm, layer, "output.LayerNorm", (384,), "vector", frobenius=2e-3, relative_frobenius=1e-4,
-                         base_frobenius=20.0))
+        table.append(
+            row(
+                norm,
+                layer,
+                "output.LayerNorm",
+                (384,),
+                "vector",
+                frobenius=2e-3,
+                relative_frobenius=1e-4,
+                base_frobenius=20.0,
+            )
+        )
     table.append(row("pooler.dense.weight", None, "pooler.dense", (384, 384), "unchanged", frobenius=0.0,
                      relative_frobenius=0.0, base_frobenius=10.0, singular_values=np.zeros(384)))  # fmt: skip
     table.append(row("head.weight", None, "head", (2, 384), "nonfinite", reason="3 of 768 entries are NaN"))

@@ -196,7 +196,9 @@ def test_maps_hold_every_analysed_matrix_once(data: ReportData) -> None:
 
 
 def test_experts_share_a_cell() -> None:
-    held = build_report(run_of(*(planted(f"e{i}", role="experts.*", seed=i, relative=0.01 * (i + 1)) for i in range(4))))
+    held = build_report(
+        run_of(*(planted(f"e{i}", role="experts.*", seed=i, relative=0.01 * (i + 1)) for i in range(4)))
+    )
     cell = held.maps[0].cells[0][0]
     assert cell is not None
     assert cell.position == 3

@@ -41,7 +41,7 @@ def test_a_name_of_ten_kilobytes_is_short_when_shown() -> None:
     assert len(elide("\u0301" * 10_000, 60)) <= 500
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(2, 6))
+@given(st.floats(-1e300, 1e300), st.integers(2, 6))
 def test_number_is_right_to_its_digits(value: float, digits: int) -> None:
     text = number(value, digits).translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")).replace("×10", "e")
     # Half a unit of the last digit, and a whole one where a number of five figures is given without decimals.

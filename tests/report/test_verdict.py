@@ -82,7 +82,7 @@ def test_the_bet_holds_on_a_low_rank_update() -> None:
 def test_the_bet_is_not_refuted_by_rounding() -> None:
     """The bf16 trap: a rank-8 update under full-rank rounding has a high entropy rank, and eight directions above."""
     rows = [low_rank(f"w{i}", i, signal=8, noise=0.2, floor=0.25, rounding=0.85) for i in range(4)]
-    how_much, how_many, how_sure = said(*rows)
+    _, how_many, how_sure = said(*rows)
     assert "8 singular values stand above the storage floor" in how_many
     assert "is not refuted" in how_many
     assert "does not hold" not in how_many
@@ -97,7 +97,7 @@ def test_bounds_that_do_not_settle_the_bet_are_said_not_to() -> None:
 
 
 def test_an_adapter_is_not_asked_whether_its_rank_was_enough() -> None:
-    how_much, how_many, how_sure = build_report(adapter_run(rank=8)).verdict
+    _, how_many, how_sure = build_report(adapter_run(rank=8)).verdict
     assert "at most 8 directions" in how_many
     assert "nothing on whether a low rank was enough" in how_many
     assert "does not hold" not in how_many
@@ -109,7 +109,7 @@ def test_truncated_medians_are_given_as_ranges() -> None:
     for i in range(3):
         s = spectrum((3000, 4096), np.random.default_rng(i), signal=40, noise=0.2, decay=0.2)
         rows.append(matrix_row(f"w{i}", i, "q", (3000, 4096), s, relative=0.01, floor=1e-3, rounding=0.01, keep=64))
-    how_much, how_many, how_sure = said(*rows)
+    _, how_many, how_sure = said(*rows)
     assert "–" in how_many
     assert "all 3 spectra are truncated, each number given with certified bounds" in how_sure
 

@@ -1,0 +1,157 @@
+"""tuned − base in one blocked pass: the matrix, its norms, and what storage rounding adds to it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from spectra.errors import NonFiniteMatrix
+from spectra.linalg.matrix import Matrix, row_blocks
+from spectra.linalg.route import matrix_spectrum
+from spectra.theory.noise import FRACTION_BITS, LEAST_EXPONENT, StorageFloor, storage_floor
+from spectra.values import Spectrum
+
+RouteChoice = Literal["auto", "gram", "bidiagonal", "sketch"]
+
+# Outside this range squares of float32 entries leave float32's own; such tensors are summed in float64.
+_SAFE_RANGE = (1e-15, 1e15)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """tuned − base as a matrix, and what one pass over the entries told about it.
+
+    Parameters
+    ----------
+    matrix : Tensor of shape (rows, cols), float32 or float64
+        The update. Kernels are flattened to (out, rest), vectors to (n, 1).
+    frobenius, base_frobenius : float
+        ‖tuned − base‖_F and ‖base‖_F, summed in float64.
+    floor : StorageFloor
+        What rounding to the two stored dtypes adds to the update. Rows that no entry of which changed carry none:
+        where both sides round the same number the errors cancel.
+    zero_fraction : float
+        Share of entries that are exactly equal on both sides.
+    merge_loss : float
+        For an adapter, ‖round(W + Δ) − (W + Δ)‖_F / ‖Δ‖_F on the grid of the base's dtype; NaN otherwise.
+    """
+
+    matrix: torch.Tensor
+    frobenius: float
+    base_frobenius: float
+    floor: StorageFloor
+    zero_fraction: float
+    merge_loss: float = math.nan
+
+    def spectrum(
+        self,
+        *,
+        rank: int | None = None,
+        route: RouteChoice = "auto",
+        seed: int = 0,
+        max_bytes: float = math.inf,
+        device: str | None = None,
+    ) -> Spectrum:
+        """Singular values of the update; see `spectra.spectrum` for the parameters."""
+        found = matrix_spectrum(
+            Matrix.of(self.matrix.to(device) if device else self.matrix, self.frobenius),
+            rank=rank,
+            route=route,
+            seed=seed,
+            storage_floor=self.floor.spectral,
+            max_bytes=max_bytes,
+        )
+        # Where two float32 numbers differ in size their difference is rounded once, by at most half an ulp of itself.
+        subtraction = torch.finfo(self.matrix.dtype).eps / 2.0 * self.frobenius
+        certificate = replace(found.certificate, roundoff=found.certificate.roundoff + subtraction)
+        return replace(found, certificate=certificate)
+
+
+def difference(
+    base: torch.Tensor, tuned: torch.Tensor, base_dtype: str, tuned_dtype: str, *, name: str = "the delta"
+) -> Difference:
+    """Subtract base from tuned, with the norms and the rounding of the result, in one blocked pass.
+
+    Parameters
+    ----------
+    base, tuned : Tensor of shape (rows, cols)
+        As stored, of any floating dtype. The tuned one may be overwritten.
+    base_dtype, tuned_dtype : str
+        Safetensors' names of the dtypes they were stored in, which decide the rounding.
+    name : str
+        How errors call it.
+
+    Raises
+    ------
+    NonFiniteMatrix
+        If either side holds NaN or infinity.
+    """
+    wide = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
+    out = tuned if tuned.dtype == wide and tuned.is_contiguous() else torch.empty(tuned.shape, dtype=wide)
+    profile = _Profile(base.shape[1])
+    frobenius: list[float] = []
+    base_frobenius: list[float] = []
+    zeros = 0
+    for b, t, d in zip(row_blocks(base), row_blocks(tuned), row_blocks(out), strict=True):
+        b_wide, t_wide = b.to(wide), t.to(wide)
+        delta = t_wide - b_wide
+        energy = delta.to(torch.float64, copy=True).square_().sum(1)  # (block rows,)
+        touched = energy > 0
+        profile.add(touched, (b_wide, base_dtype), (t_wide, tuned_dtype))
+        frobenius.append(float(energy.sum()))
+        base_frobenius.append(float(b_wide.to(torch.float64, copy=True).square_().sum()))
+        zeros += delta.numel() - int(torch.count_nonzero(delta))
+        d.copy_(delta)
+    total = math.fsum(frobenius)
+    if not math.isfinite(total):
+        raise NonFiniteMatrix(_nonfinite_message(name, base, out))
+    return Difference(
+        out, math.sqrt(total), math.sqrt(math.fsum(base_frobenius)), profile.floor(), zeros / max(1, out.numel())
+    )
+
+
+def _nonfinite_message(name: str, base: torch.Tensor, delta: torch.Tensor) -> str:
+    def count(tensor: torch.Tensor) -> int:
+        return sum(int((~torch.isfinite(rows)).sum()) for rows in row_blocks(tensor))
+
+    return f"{name}: {count(base)} NaN or infinite entries in base, {count(delta)} in the difference, of {base.numel()}"
+
+
+class _Profile:
+    """Row and column sums of the variance of storage rounding, gathered block by block."""
+
+    def __init__(self, cols: int) -> None:
+        self._rows: list[torch.Tensor] = []
+        self._cols = torch.zeros(cols, dtype=torch.float64)
+
+    def add(self, touched: torch.Tensor, *sides: tuple[torch.Tensor, str]) -> None:
+        rows = torch.zeros(touched.shape[0], dtype=torch.float64)
+        for weights, dtype in sides:
+            variance = rounding_variance(weights, dtype)
+            if not bool(touched.all()):
+                variance *= touched[:, None]
+            rows += variance.sum(1)
+            self._cols += variance.sum(0)
+        self._rows.append(rows)
+
+    def floor(self) -> StorageFloor:
+        return storage_floor(torch.cat(self._rows).numpy(), self._cols.numpy())
+
+
+def rounding_variance(weights: torch.Tensor, dtype: str) -> torch.Tensor:
+    """ulp²/12 of every weight on the grid of a stored dtype, by the bits of its exponent; 0 for zeros."""
+    if dtype not in FRACTION_BITS:
+        return torch.zeros_like(weights)
+    low, high = torch.aminmax(weights)
+    size = max(abs(float(low)), abs(float(high)))
+    if weights.dtype == torch.float32 and not _SAFE_RANGE[0] < size < _SAFE_RANGE[1]:
+        weights = weights.double()
+    integer, mask = (torch.int32, 0x7F800000) if weights.dtype == torch.float32 else (torch.int64, 0x7FF << 52)
+    power = (weights.contiguous().view(integer) & mask).view(weights.dtype)  # 2^⌊log₂|w|⌋
+    least = 2.0 ** LEAST_EXPONENT[dtype]
+    if least > 1e-30:  # a subnormal of a short dtype is a normal float32: its ulp stops shrinking
+        power = torch.where(weights == 0, 0.0, power.clamp_min(least))
+    return power.mul_(power).mul_(4.0 ** -FRACTION_BITS[dtype] / 12.0)
