@@ -81,8 +81,8 @@ def _votes(base: Mapping[str, Shape], tuned: Mapping[str, Shape]) -> Counter[tup
                 votes["", prefix] += 1
             crowd = by_rest.get(rest, ())
             for other_prefix, other in crowd if len(crowd) <= _CROWD else ():
-                # Prefixes that end alike are a longer spelling of a shorter change.
-                if _end(other_prefix) != _end(prefix) and alike(rest, shape, base[other]):
+                # Prefixes that end alike are a longer spelling of a change that gets as many votes, and lose to it.
+                if alike(rest, shape, base[other]):
                     votes[other_prefix, prefix] += 1
     return votes
 
@@ -96,10 +96,6 @@ def _cuts(name: str) -> Iterator[tuple[str, str]]:
             return
         start = dot + 1
         yield name[:start], name[start:]
-
-
-def _end(prefix: str) -> str:
-    return prefix[:-1].rpartition(".")[2]
 
 
 def _has_index(rest: str) -> bool:

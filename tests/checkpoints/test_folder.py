@@ -153,8 +153,8 @@ def test_links_may_not_lead_out_of_the_folder(sharded: Path, tmp_path_factory: p
 
 def test_a_folder_named_like_a_blob_store_is_no_excuse(tmp_path: Path) -> None:
     """Only ``snapshots/<commit>`` may link to ``blobs`` beside ``snapshots``."""
-    model, blobs = tmp_path / "model", tmp_path / "blobs"
-    model.mkdir()
+    model, blobs = tmp_path / "revisions" / "main", tmp_path / "blobs"
+    model.mkdir(parents=True)
     blobs.mkdir()
     save_file({"a": torch.ones(1)}, blobs / "x")
     (model / "model.safetensors").symlink_to(blobs / "x")

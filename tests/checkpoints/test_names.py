@@ -142,6 +142,22 @@ def test_chance_agreements_are_no_prefix() -> None:
     assert "'pooler.dense.weight'" in found["cls.transform.dense.weight"].reason
 
 
+def test_one_agreement_is_no_prefix_once_names_have_matched() -> None:
+    pairing = pair(encoder() | {"dense.weight": (8, 8)}, encoder() | {"pooler.dense.weight": (8, 8)})
+    assert pairing.transforms == ()
+    assert rows(pairing)["dense.weight"].status == "base_only"
+
+
+def test_two_towers_that_share_half_their_names_are_two() -> None:
+    shared = {f"layers.{i}.fc.weight": (8, 8) for i in range(6)}
+    text = {f"text.{name}": shape for name, shape in shared.items()} | {f"text.layers.{i}.q": (4, 4) for i in range(6)}
+    image = {f"image.{name}": shape for name, shape in shared.items()} | {
+        f"image.layers.{i}.k": (4, 4) for i in range(6)
+    }
+    pairing = pair(encoder() | text, encoder() | image)
+    assert (pairing.matched, pairing.total, pairing.transforms) == (7, 31, ())
+
+
 def test_several_parts_may_be_renamed() -> None:
     base = {**encoder("language_model.model."), **encoder("vision_tower."), "language_model.lm_head.weight": (30, 8)}
     tuned = {**encoder("model.language_model."), **encoder("model.vision_tower."), "lm_head.weight": (30, 8)}
