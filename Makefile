@@ -3,6 +3,7 @@
 PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
+RIVALS := .venv-rivals
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -15,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pyth
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow bench lint types format clean
+.PHONY: help demo test test-slow bench fuzz lint types format clean
 
 help: ## say what each command does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,8 +33,11 @@ test: lint types $(VENV)/.ready-dev ## lint, types, floors, then every test that
 test-slow: $(VENV)/.ready-dev ## the tests that take minutes
 	$(PYTEST) -m slow
 
-bench: $(VENV)/.ready-dev ## timings, each beside its accuracy; one process, all threads
-	$(BIN)/python -m pytest -m bench -s
+bench: $(VENV)/.ready-dev $(RIVALS)/.ready ## timings against named rivals, each beside its accuracy (10 minutes, 5 GB of disk)
+	$(BIN)/python -m tests.benchmarks
+
+fuzz: $(VENV)/.ready-dev ## 200 000 mangled file headers, 50 000 mangled indexes
+	PYTHONPATH=. $(BIN)/python tests/checkpoints/test_headers_fuzz.py 200000 50000
 
 lint: $(VENV)/.ready-dev ## ruff, and the floors of the house (import-linter)
 	$(BIN)/ruff check .
@@ -62,6 +66,12 @@ $(VENV)/.ready-dev: pyproject.toml constraints.txt
 	$(environment)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
 	@touch $(VENV)/.ready $@
+
+# Rivals pin what we do not, so they live apart.
+$(RIVALS)/.ready: constraints.txt
+	$(PYTHON) -m venv --clear $(RIVALS)
+	$(RIVALS)/bin/python -m pip install --quiet weightwatcher==0.7.7 transformers torch --constraint constraints.txt
+	@touch $@
 
 # A set-up that was interrupted leaves an environment without pip: it is made anew.
 define environment

@@ -361,6 +361,8 @@ def tidy(ax: Axes) -> None:
             axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0) if short else (1.0,), numticks=8))
             axis.set_major_formatter(FuncFormatter(power_of_ten))
             axis.set_minor_formatter(NullFormatter())
+            if low > 0 and high / low > 1e3:  # a forest of minor ticks says nothing there, and is slow to draw
+                axis.set_minor_locator(NullLocator())
     _open_frame(ax)
 
 

@@ -14,6 +14,8 @@ Shape = tuple[int, ...]
 _DEPTH = 4
 # A rest shared by more names than this is no evidence for any one of them (and would cost n² on hostile names).
 _CROWD = 16
+# Changes looked at, best first: real checkpoints have a handful.
+_TRIED = 50
 # Names that replacing one path by another must bring together; two towers of one model share a few by chance.
 _ENOUGH_FOR_REPLACEMENT = 4
 
@@ -57,31 +59,43 @@ def best_prefix_change(base: Mapping[str, Shape], tuned: Mapping[str, Shape], *,
     PrefixChange or None
         Of equally good ones the shortest, then the first by spelling; None where no change helps.
     """
-    votes = _votes(base, tuned)
-    for prefixes in sorted(votes, key=lambda pair: (-votes[pair], len(pair[0]) + len(pair[1]), pair)):
+    votes = _one_sided(base, tuned)
+    if 2 * max(votes.values(), default=0) < min(len(base), len(tuned)):
+        votes += _replacements(base, tuned)
+    ranked = sorted(votes, key=lambda pair: (-votes[pair], len(pair[0]) + len(pair[1]), pair))
+    for prefixes in ranked[:_TRIED]:
         change = PrefixChange(*prefixes)
         if _is_convincing(change, votes[prefixes], base, tuned, first=first):
             return change
     return None
 
 
-def _votes(base: Mapping[str, Shape], tuned: Mapping[str, Shape]) -> Counter[tuple[str, str]]:
-    """Count, for every change (base prefix, tuned prefix), the pairs of names that agree under it."""
+def _one_sided(base: Mapping[str, Shape], tuned: Mapping[str, Shape]) -> Counter[tuple[str, str]]:
+    """Count, for every prefix (base's, "") or ("", tuned's), the pairs of names that agree once it is lost."""
+    votes: Counter[tuple[str, str]] = Counter()
+    for names, others, of_base in ((base, tuned, True), (tuned, base, False)):
+        for name, shape in names.items():
+            for prefix, rest in _cuts(name):
+                if rest in others and alike(rest, shape, others[rest]):
+                    votes[(prefix, "") if of_base else ("", prefix)] += 1
+    return votes
+
+
+def _replacements(base: Mapping[str, Shape], tuned: Mapping[str, Shape]) -> Counter[tuple[str, str]]:
+    """Count, for every (base prefix, tuned prefix), the pairs of names in layers that agree under both.
+
+    Prefixes that end alike are a longer spelling of a shorter change that gets as many votes, and lose to it.
+    """
     votes: Counter[tuple[str, str]] = Counter()
     by_rest: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
-    for name, shape in base.items():
+    for name in base:
         for prefix, rest in _cuts(name):
-            if rest in tuned and alike(rest, shape, tuned[rest]):
-                votes[prefix, ""] += 1
             if _has_index(rest):
                 by_rest[rest].append((prefix, name))
     for name, shape in tuned.items():
         for prefix, rest in _cuts(name):
-            if rest in base and alike(rest, shape, base[rest]):
-                votes["", prefix] += 1
             crowd = by_rest.get(rest, ())
             for other_prefix, other in crowd if len(crowd) <= _CROWD else ():
-                # Prefixes that end alike are a longer spelling of a change that gets as many votes, and lose to it.
                 if alike(rest, shape, base[other]):
                     votes[other_prefix, prefix] += 1
     return votes

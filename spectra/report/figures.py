@@ -150,7 +150,7 @@ def _spectra(roles: Mapping[str, list[TensorRow]]) -> Drawing:
         _spectra_panel(ax, role, held, layers)
     for ax in panels[len(roles) :]:
         ax.set_visible(False)
-    _note_low_floors(panels, roles)
+    _finish_panels(panels, roles)
     figure.supxlabel("index i", fontsize=9)
     figure.supylabel("singular value σᵢ", fontsize=9)
     _depth_legend(figure, panels[0], layers)
@@ -177,16 +177,16 @@ def _spectra_panel(ax: Axes, role: str, held: Sequence[TensorRow], layers: Seque
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_title(elide(visible(role), 30), loc="left")
-    tidy(ax)
 
 
-def _note_low_floors(panels: Sequence[Axes], roles: Mapping[str, list[TensorRow]]) -> None:
+def _finish_panels(panels: Sequence[Axes], roles: Mapping[str, list[TensorRow]]) -> None:
     """End the shared axis `DECADES` below the largest value; a floor beneath that is told in words."""
     low, high = panels[0].get_ylim()
     bottom = max(low, high * 10.0**-DECADES)
     for ax, held in zip(panels, roles.values(), strict=False):
         ax.set_ylim(bottom, high)
         tidy(ax)
+        ax.minorticks_off()  # too small to count in a panel, and half of the drawing time
         floor = _median(r.numbers["storage_floor"] for r in held)
         if 0 < floor < bottom:
             ax.text(0.03, 0.04, f"storage floor below, at {number(floor, 2)}", transform=ax.transAxes, fontsize=7.5,

@@ -28,6 +28,7 @@ from spectra.report.text import dump, elide, finite, number, percent, size, trac
 
 SHADES = 33  # steps of viridis in a map: finer than anyone can tell apart in a cell
 DENSE = 14  # layers beyond which the cells of a map are too narrow for numbers
+SPARSE = 24  # layers beyond which only every fifth has its number above its column
 NAME_COLUMNS, TITLE_COLUMNS = 72, 400
 DIGITS = 4  # significant digits of a number in the page's data
 
@@ -75,6 +76,7 @@ def render_page(data: ReportData, drawings: Iterable[Drawing]) -> str:
         terms=TERMS,
         general=GENERAL,
         dense=DENSE,
+        sparse=SPARSE,
         sides=[(label, data.info.get(key, {})) for key, label in (("base", "Base"), ("tuned", "Tuned"))],
     )
 

@@ -1,4 +1,4 @@
-"""Sharded bf16 pairs in the shapes of real decoders, with a planted low-rank update: ``python -m tests.benchmarks.synthetic DIR``."""
+"""Sharded bf16 pairs in the shapes of real decoders: ``python -m tests.benchmarks.synthetic DIR``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a ratio is taken: both sides in turn, several times, best against best, so that a drift of the machine cancels."""
+"""How a ratio is taken: both sides in turn, several times, best against best."""
 
 from __future__ import annotations
 

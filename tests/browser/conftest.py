@@ -16,7 +16,8 @@ from tests.report.planted import planted_run
 
 QUIET = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--force-prefers-reduced-motion", "--disable-background-networking", "--disable-component-update", "--window-size=1280,900",
+    "--force-prefers-reduced-motion", "--disable-background-networking", "--disable-component-update",
+    "--window-size=1280,900",
 )  # fmt: skip
 
 

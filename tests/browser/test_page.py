@@ -11,7 +11,8 @@ from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
-from tests.report.planted import HOSTILE
+from spectra.report import write_report
+from tests.report.planted import HOSTILE, planted_run
 
 LISTEN = """window.violations = [];
     document.addEventListener('securitypolicyviolation', event => violations.push(event.blockedURI));"""
@@ -32,7 +33,7 @@ FAINT_TEXT = """
         while (paper.parentElement && !painted(paper)) paper = paper.parentElement;
         const [a, b] = [light(getComputedStyle(e).color), light(getComputedStyle(paper).backgroundColor)];
         const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-        if (ratio < 4.5) found.push([e.className || e.tagName, e.textContent.slice(0, 40), ratio.toFixed(2)].join(' | '));
+        if (ratio < 4.5) found.push(`${e.className} | ${e.textContent.slice(0, 40)} | ${ratio.toFixed(2)}`);
     }
     return [...new Set(found)];"""
 KEY = "encoder.layer.0.attention.self.key.weight"
@@ -319,3 +320,11 @@ def test_tab_reaches_what_can_be_pressed(opened: Chrome) -> None:
     assert opened.execute_script(outline) == "solid 2px"
     press(opened, Keys.TAB)
     assert opened.switch_to.active_element.text == "Maps"
+
+
+def test_a_deep_model_fits_the_page(browser: Chrome, tmp_path: Path) -> None:
+    """Eighty layers: the maps scroll inside their frame, and the page does not widen."""
+    browser.get(write_report(planted_run(layers=80), tmp_path)[0].as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    jump(browser, find(browser, "#map-effective_rank [aria-label^='output.dense, layer 79']"))
+    assert panel(browser) == "encoder.layer.79.output.dense.weight"

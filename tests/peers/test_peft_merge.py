@@ -226,9 +226,9 @@ PATTERNS = r"""
     (a|ab)(c|bcd)(d*) ((q)(u)(e?)ry) a*?b v-1 1x [\]a]z [\w.]+end [^\]]x (|a)b x{0,2}y (a*)*b
 """
 NAMES = """
-    query bert.layer.0.query x.bert.layer.0.query bert.layer.10.query layer.0.query a.evalue x.value bert.layer.2.key ]x n.x]x abcd acd
+    query bert.layer.0.query bert.layer.10.query layer.0.query a.evalue x.value bert.layer.2.key ]x n.x]x abcd acd
     bert.layer.12.key ery qery m.ababc abc xx x.xxx xxxx m.xxxxy bc a n.d p.q.c . a. .a aab b v-1 1x p.]z y xy m.x
-    one.two.end layerX0Xquery é.c
+    one.two.end layerX0Xquery é.c bert.bert.layer.0.query
 """
 
 
