@@ -33,18 +33,13 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, *, name:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     verbose = any(word == "--verbose" or word.startswith("-v") for word in arguments)
     try:
-        code = command.main(list(arguments), prog_name=name, standalone_mode=False)
-        sys.stdout.flush()
-        return int(code or 0)
+        return int(command.main(list(arguments), prog_name=name, standalone_mode=False) or 0)
     except click.exceptions.Abort:  # click's name for KeyboardInterrupt
         tell("interrupted: what was finished is kept, and the same command goes on from there")
         return INTERRUPTED
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except BrokenPipeError:  # the reader, `head` for instance, had seen enough; files are written by then
-        discard_output()
-        return 0
     except SpectraError as error:
         return _failed(error, str(error), error.exit_code, verbose)
     except OSError as error:
@@ -66,7 +61,26 @@ def tell(message: str) -> None:
     message : str
         Shown with its control and bidirectional characters escaped; lines stay lines.
     """
-    click.echo(printable(message), err=True)
+    say(printable(message), err=True)
+
+
+def say(text: str, *, err: bool = False, color: bool = False) -> None:
+    """Print a text; a reader that has left, `head` for instance, ends neither the command nor its work.
+
+    Parameters
+    ----------
+    text : str
+        As it is to appear: `printable` first, where it quotes a file.
+    err : bool
+        To stderr in place of stdout.
+    color : bool
+        Leave escape sequences in it.
+    """
+    try:
+        click.echo(text, err=err, color=color)
+    except BrokenPipeError:
+        stream = sys.stderr if err else sys.stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # the interpreter's last flush stays silent too
 
 
 def printable(text: str) -> str:
@@ -88,15 +102,10 @@ def printable(text: str) -> str:
     )
 
 
-def discard_output() -> None:
-    """Point stdout at nothing, so that the interpreter's last flush into a closed pipe stays silent."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _failed(error: BaseException, message: str, code: int, verbose: bool) -> int:
     if verbose:
         import traceback
 
-        click.echo(printable("".join(traceback.format_exception(error))), err=True)
+        tell("".join(traceback.format_exception(error)))
     tell(f"error: {message}")
     return code

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spectra.command import discard_output, printable, run, tell
+from spectra.command import printable, run, say, tell
 from spectra.errors import UsageError
 
 if TYPE_CHECKING:
@@ -132,7 +132,6 @@ def command(base: str, tuned: str, **flags: Any) -> int:
     if flags["verbose"]:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     out = Path(flags["out"] or default_out(tuned))
-    say = _speaker(quiet=flags["quiet"], to_stderr=bool(flags["as_json"]))
 
     from spectra.comparison import execute, plan
 
@@ -151,9 +150,10 @@ def command(base: str, tuned: str, **flags: Any) -> int:
         allow_partial=flags["allow_partial"],
     )
     if flags["dry_run"]:
-        _print([*todo.lines(), f"the report would go to {out}"], to_stderr=False)
+        say(printable("\n".join([*todo.lines(), f"the report would go to {out}"])))
         return 0
-    say(["plan", *(f"  {line}" for line in todo.lines()), ""])
+    if not flags["quiet"]:
+        say(printable("\n".join(["plan", *(f"  {line}" for line in todo.lines()), ""])), err=bool(flags["as_json"]))
     measured = execute(todo, out=out, jobs=flags["jobs"], resume=not flags["no_resume"], progress=not flags["quiet"])
 
     from spectra.report.build import build_report
@@ -211,37 +211,17 @@ def _check(flags: dict[str, Any]) -> None:
         raise click.UsageError("--dry-run computes nothing, so there is no summary for --json to print.")
 
 
-def _speaker(*, quiet: bool, to_stderr: bool) -> Any:
-    def say(lines: list[str]) -> None:
-        if not quiet:
-            _print(lines, to_stderr=to_stderr)
-
-    return say
-
-
-def _print(lines: list[str], *, to_stderr: bool) -> None:
-    for line in lines:
-        click.echo(printable(line), err=to_stderr)
-
-
 def _print_report(data: ReportData, written: list[Path], *, quiet: bool, as_json: bool) -> None:
     from spectra.report.build import summary
     from spectra.report.terminal import ansi, plain, render
     from spectra.report.text import dump
 
-    stream = sys.stderr if as_json else sys.stdout
-    paint = ansi if _coloured(stream) else plain
+    paint = ansi if _coloured(sys.stderr if as_json else sys.stdout) else plain
     text = "".join(f"{sentence}\n" for sentence in data.verdict) if quiet else render(data, paint=paint)
-    files = "written\n" + "".join(f"  {path}\n" for path in written)
-    try:
-        click.echo(text, file=stream, color=True)
-        click.echo(printable(files), file=stream, nl=False)
-        if as_json:
-            click.echo(dump(summary(data), indent=1))
-        stream.flush()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        discard_output()
+    say(text, err=as_json, color=True)
+    say(printable("\n".join(["written", *(f"  {path}" for path in written)])), err=as_json)
+    if as_json:
+        say(dump(summary(data), indent=1))
     if data.failed:
         tell("error: some tensors could not be analysed; the flags above and their rows say why")
 

@@ -245,10 +245,13 @@
     const back = path([...xs].reverse(), [...low].reverse(), x, y).slice(1);
     shape(svg, "path", { d: `${path(xs, high, x, y)}L${back}Z`, class: "band" });
   }
-  function level(svg, y, at, kind, text, below) {
+  // A falling curve leaves room at the top right and at the bottom left: a level's label stands where its line is free.
+  function level(svg, y, kind, text, below) {
     if (!(y >= FRAME.top && y <= FRAME.height - FRAME.bottom)) return;
+    const left = y > (FRAME.top + FRAME.height - FRAME.bottom) / 2;
     shape(svg, "line", { x1: FRAME.left, x2: FRAME.width - FRAME.right, y1: y, y2: y, class: kind });
-    shape(svg, "text", { x: at, y: y + (below ? 14 : -5), class: `${kind}-text` }, text);
+    shape(svg, "text", { x: left ? FRAME.left + 8 : FRAME.width - FRAME.right - 4, y: y + (below ? 14 : -5),
+      "text-anchor": left ? "start" : "end", class: `${kind}-text` }, text);
   }
   // A vertical line that follows the pointer, with the values it stands on.
   function follow(svg, xs, x, words) {
@@ -292,8 +295,8 @@
     shape(svg, "path", { d: path(xs, values, x, y), class: "line" });
     if (xs.length <= 32) xs.forEach((at, i) => shape(svg, "circle", { cx: x(at), cy: y(values[i]), r: 3, class: "dot" }));
     const near = floor > 0 && edge > 0 && Math.abs(y(floor) - y(edge)) < 18;
-    if (floor > 0) level(svg, y(floor), FRAME.left + 8, "floor", "storage rounding floor", near && floor < edge);
-    if (edge > 0) level(svg, y(edge), FRAME.left + 8, "edge", "Marchenko–Pastur edge", near && edge <= floor);
+    if (floor > 0) level(svg, y(floor), "floor", "storage rounding floor", near && floor < edge);
+    if (edge > 0) level(svg, y(edge), "edge", "Marchenko–Pastur edge", near && edge <= floor);
     if (floor > 0 && floor < bottom) {
       shape(svg, "text", { x: FRAME.left + 8, y: FRAME.height - FRAME.bottom - 8, class: "floor-text" },
         `storage rounding floor far below, at ${number(floor)}`);
@@ -310,16 +313,18 @@
     const y = yScale(0, 1, false);
     const svg = frame(`Truncation error of ${row.name}`);
     axes(svg, x, y, powers(xs.at(-1)), [0, 0.2, 0.4, 0.6, 0.8, 1], "rank r kept", "‖Δ − Δᵣ‖ / ‖Δ‖");
-    level(svg, y(NINETY), FRAME.left + 8, "guide", "90 % of the squared norm kept below", true);
+    level(svg, y(NINETY), "guide", "90 % of the squared norm kept below", true);
     if (curve.low) band(svg, xs, curve.low, curve.error, x, y);
     shape(svg, "path", { d: path(xs, curve.error, x, y), class: "line" });
     for (const mark of MARKS) {
       const i = xs.indexOf(mark);
       if (i < 0) continue;
       shape(svg, "circle", { cx: x(mark), cy: y(curve.error[i]), r: 3.5, class: "dot" });
-      const room = x(mark) < FRAME.width - FRAME.right - 90; // else the label stands to the left of its dot
-      shape(svg, "text", { x: x(mark) + (room ? 7 : -2), y: y(curve.error[i]) - 8, class: "mark",
-        "text-anchor": room ? "start" : "end" }, `r = ${mark}: ${percent(curve.error[i])}`);
+      // The middle label stands below the curve and the others above, so that flat curves keep them apart.
+      const above = mark !== 16;
+      const right = above && x(mark) < FRAME.width - FRAME.right - 90;
+      shape(svg, "text", { x: x(mark) + (right ? 7 : -5), y: y(curve.error[i]) + (above ? -8 : 17), class: "mark",
+        "text-anchor": right ? "start" : "end" }, `r = ${mark}: ${percent(curve.error[i])}`);
     }
     follow(svg, xs, x, (i) => `r = ${xs[i]}: ${curve.low ? percent(curve.low[i]) + " to " : ""}${percent(curve.error[i])}`);
     return svg;

@@ -197,9 +197,12 @@ def _rounding_words(subject: _Subject) -> str:
         return "How much of the update is storage rounding is not known"
     noisy = [r.name for r in known if r.mostly_rounding]
     worst = max(known, key=lambda r: r.rounding)
-    whole, most = trace(rounding_share(known)), trace(worst.rounding)
+    share = rounding_share(known)
+    whole, most = trace(share), trace(worst.rounding)
     text = f"Rounding to the stored dtype explains {whole.replace('<', 'less than')} of the update’s norm"
-    if len(known) > 1 and most != whole:
+    if share > 1:  # in a dead zone less is rounded than the cells of the grid would predict
+        text = f"Rounding to the stored dtype could explain all of the update’s norm (predicted: {whole} of it)"
+    elif len(known) > 1 and most != whole:
         text += f" overall and at most {most.replace('<', 'less than')} in one matrix"
     if not noisy:
         return f"{text}, and {'it is not' if subject.one else 'no matrix is'} mostly rounding"

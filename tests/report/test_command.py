@@ -19,7 +19,7 @@ import spectra.__main__
 import spectra.comparison
 from spectra.command import run
 from spectra.errors import CheckpointNotFound, JournalMismatch, MismatchError, SpectraError, UnsafeCheckpoint
-from spectra.report.__main__ import command, default_out, main
+from spectra.report.__main__ import _coloured, command, default_out, main
 
 ROOT = Path(spectra.__file__).parent.parent
 
@@ -258,9 +258,11 @@ def test_help_says_what_each_option_is_for() -> None:
         assert said.endswith("."), option.name
 
 
-def test_a_reader_that_leaves_early_is_no_error(pair: tuple[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("reader", ["true", "head -n 1", "head -n 9"])
+def test_a_reader_that_leaves_early_is_no_error(reader: str, pair: tuple[str, str], tmp_path: Path) -> None:
+    """Whether it leaves before the first line or in the middle, the report is what was asked for."""
     out = tmp_path / "out"
-    line = f"{sys.executable} -m spectra.report {pair[0]} {pair[1]} --out {out} | head -n 1; exit ${{PIPESTATUS[0]}}"
+    line = f"{sys.executable} -m spectra.report {pair[0]} {pair[1]} --out {out} | {reader}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -276,3 +278,27 @@ def test_no_colour_in_a_pipe(pair: tuple[str, str], tmp_path: Path) -> None:
 
 def test_run_passes_an_exit_code_on() -> None:
     assert run(click.Command("x", callback=lambda: 7), [], name="x") == 7
+
+
+@pytest.mark.parametrize(
+    ("terminal", "variables", "coloured"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"NO_COLOR": "1"}, False),
+        (True, {"NO_COLOR": ""}, True),
+        (True, {"TERM": "dumb"}, False),
+    ],
+)
+def test_colour_is_for_terminals_that_want_it(
+    terminal: bool, variables: dict[str, str], coloured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stream:
+        def isatty(self) -> bool:
+            return terminal
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert bool(_coloured(Stream())) is coloured

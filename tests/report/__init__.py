@@ -1,0 +1,1 @@
+"""Tests of the report: its content, its files, its page as a document, its command."""
