@@ -170,6 +170,7 @@ def plan(
         "device": device,
         "max_memory": max_memory,
         "allow_partial": allow_partial,
+        "trust_pickle": trust_pickle,
         "route": "auto",
     }
     limit = _physical_memory() // 2 if max_memory is None else max_memory

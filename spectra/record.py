@@ -180,6 +180,7 @@ def _measures(delta: AnyDelta, question: Question) -> Record:
     dtypes = delta.base_info.dtype, delta.tuned_info.dtype
     if not all(is_float(dtype) for dtype in dtypes):
         return _counted(delta, dtypes)
+    _refuse_scaled(delta)
     found = delta.difference()
     row: Record = {
         "frobenius": found.frobenius,
@@ -204,6 +205,18 @@ def _measures(delta: AnyDelta, question: Question) -> Record:
         device=question.device,
     )
     return {**row, **_spectral(found_spectrum, adapter=False)}
+
+
+# Names under which 8-bit checkpoints keep the scale of a weight (compressed-tensors, DeepSeek, transformers' FP8).
+_SCALE_NAMES = ("{}_scale", "{}_scale_inv", "{}_scale_2")
+
+
+def _refuse_scaled(delta: AnyDelta) -> None:
+    """Refuse 8-bit floats that mean something only with a scale stored beside them."""
+    for info, checkpoint in ((delta.base_info, delta.base), (delta.tuned_info, delta.tuned)):
+        scale = next((s for s in (t.format(info.name) for t in _SCALE_NAMES) if s in checkpoint), None)
+        if info.dtype.startswith("F8") and scale is not None:
+            raise UnsupportedFormat(f"{info.name} is {info.dtype} times {scale}; dequantize it first, and compare that")
 
 
 def _zero_spectrum(shape: tuple[int, int], found: Difference) -> Spectrum:

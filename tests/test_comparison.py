@@ -158,12 +158,12 @@ def test_changed_flags_or_inputs_are_refused_by_name(pair, tmp_path):
         spectra.compare(*pair, out=tmp_path / "out", seed=7, progress=False)
     base, tuned = pair
     save_file({"model.embed.weight": noise(200, 32)}, tuned)
-    with pytest.raises(JournalMismatch, match="tuned.digests"):
+    with pytest.raises(JournalMismatch, match=r"tuned.digests"):
         spectra.compare(base, tuned, out=tmp_path / "out", allow_partial=True, progress=False)
 
 
 def test_a_second_run_in_the_same_folder_is_told_who_owns_it(pair, tmp_path):
-    with Journal(tmp_path / "out", {}), pytest.raises(JournalBusy, match="process [0-9]+ on"):
+    with Journal(tmp_path / "out", {}), pytest.raises(JournalBusy, match=r"process [0-9]+ on"):
         spectra.compare(*pair, out=tmp_path / "out", progress=False)
 
 
@@ -246,6 +246,19 @@ def test_truncated_rows_carry_certified_intervals(tmp_path):
         assert low * (1 - 1e-9) <= exact[name] <= high * (1 + 1e-9), name
     assert np.all(cut.singular_values <= exact.singular_values[:16] * (1 + 1e-6))
     assert np.all(exact.singular_values[:16] <= cut.singular_values_high * (1 + 1e-9))
+
+
+def test_scaled_eight_bit_weights_are_refused_by_row_and_bare_ones_are_read(tmp_path):
+    w = noise(32, 32).to(torch.float8_e4m3fn)
+    t = (w.float() * 1.5).to(torch.float8_e4m3fn)
+    save_file({"bare.weight": w, "q.weight": w, "q.weight_scale_inv": torch.ones(1, 1)}, tmp_path / "a.safetensors")
+    save_file({"bare.weight": t, "q.weight": t, "q.weight_scale_inv": torch.ones(1, 1)}, tmp_path / "b.safetensors")
+    run = spectra.compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors", progress=False)
+    rows = run.frame.set_index("name")
+    assert rows.status["bare.weight"] == "ok"
+    assert rows.frobenius["bare.weight"] == pytest.approx(float((t.double() - w.double()).norm()), rel=1e-12)
+    assert rows.status["q.weight"] == "unsupported_dtype"
+    assert "q.weight_scale_inv" in rows.reason["q.weight"]
 
 
 def test_the_real_pair(real_pair):

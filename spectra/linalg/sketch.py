@@ -39,8 +39,8 @@ _BREAKDOWN = 64.0
 # Least pivot, against the longest column, that Cholesky QR is trusted with: its error goes with the square's inverse.
 _CHOLESKY_LIMIT = 1e-6
 
-# Error of a value from float32 products, in units of ε·σ₁. The largest seen over planted spectra of 256 to 4096 rows
-# was 2.1; the factor leaves room for longer inner products.
+# Error of a value from float32 products, in units of ε·σ₁. The largest seen over planted spectra of 256 to 2048 rows
+# was 1.3; the factor leaves room for longer inner products.
 _ROUNDOFF = 8.0
 
 

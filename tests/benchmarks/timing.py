@@ -52,8 +52,8 @@ class Row:
         ratio = f"{self.ratio:,.0f}×" if self.ratio >= 100 else f"{self.ratio:.2f}×"
         mark = "" if self.reached else " **missed**"
         return (
-            f"| {self.work} | {_seconds(self.ours)} | {self.rival} {_seconds(self.theirs)} | {ratio} | {self.aim}{mark} "
-            f"| {self.accuracy} |"
+            f"| {self.work} | {_seconds(self.ours)} | {self.rival} {_seconds(self.theirs)} | {ratio} "
+            f"| {self.aim}{mark} | {self.accuracy} |"
         )
 
 
