@@ -33,9 +33,10 @@ from spectra.record import Question, Record, described, measured
 from spectra.run import Run
 from spectra.version import __version__
 
-# Entries up to which a matrix is measured by one thread beside others: BLAS gains little from a second thread below
-# (1024 × 1024: 1.3×), and two matrices at a time gain 2×.
+# Matrices are measured by one thread beside others up to so many entries, or to so small a side: BLAS gains little from
+# a second thread there (1024 × 1024: 1.3×; 30522 × 384: nothing), and two matrices at a time gain up to 2×.
 SMALL_ENTRIES = 1 << 22
+SMALL_SIDE = 512
 
 # Least share of tensors that must match before a comparison means anything.
 LEAST_MATCH = 0.95
@@ -314,8 +315,8 @@ def execute(
 def _measure_all(todo: Plan, records: list[Record], jobs: int) -> Iterator[Record]:
     """Rows as they are finished: small matrices side by side on one thread each, then large ones on all threads."""
     deltas = todo.deltas
-    small = [r for r in records if math.prod(deltas[r["name"]].shape) <= SMALL_ENTRIES]
-    large = [r for r in records if math.prod(deltas[r["name"]].shape) > SMALL_ENTRIES]
+    small = [record for record in records if _small(deltas[record["name"]])]
+    large = [record for record in records if not _small(deltas[record["name"]])]
     threads = torch.get_num_threads()
 
     def measure(record: Record) -> Record:
@@ -329,6 +330,10 @@ def _measure_all(todo: Plan, records: list[Record], jobs: int) -> Iterator[Recor
     with _threads(threads):
         for record in large:
             yield measure(record)
+
+
+def _small(delta: AnyDelta) -> bool:
+    return math.prod(delta.shape) <= SMALL_ENTRIES or min(delta.shape) <= SMALL_SIDE
 
 
 def _side_by_side(

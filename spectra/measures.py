@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,16 +63,18 @@ def _participation(weights: Vector) -> float:
 
 
 def _concave_majorant(curve: Vector) -> Vector:
-    """Least concave function above the points (j, curve_j), by Andrew's upper hull."""
-    hull: list[int] = []
-    for j, height in enumerate(curve):
-        while len(hull) > 1:
-            a, b = hull[-2], hull[-1]
-            if (curve[b] - curve[a]) * (j - a) > (height - curve[a]) * (b - a):
-                break
-            hull.pop()
-        hull.append(j)
-    return np.interp(np.arange(len(curve)), hull, curve[hull])
+    """Least concave function above the points (j, curve_j).
+
+    A point on or below the chord of its neighbours is no vertex of the hull, so all such points may go at once, until
+    none is left.
+    """
+    kept = np.arange(len(curve))
+    while True:
+        slopes = np.diff(curve[kept]) / np.diff(kept)
+        vertex = np.concatenate([[True], slopes[1:] < slopes[:-1], [True]])
+        if vertex.all():
+            return np.interp(np.arange(len(curve)), kept, curve[kept])
+        kept = kept[vertex]
 
 
 def _head_and_tail(spectrum: Spectrum) -> tuple[Vector, Vector, Bounds, float, int]:
@@ -86,6 +89,7 @@ def _head_and_tail(spectrum: Spectrum) -> tuple[Vector, Vector, Bounds, float, i
     return low, high, left_out if others else (0.0, 0.0), largest, others
 
 
+@lru_cache(maxsize=4)  # a row of a report asks a dozen times for the same two
 def _envelopes(spectrum: Spectrum, power: int) -> tuple[Vector, Vector]:
     """Curves Q^low, Q^high of length p + 1, both concave from 0 to 1, that every admissible P lies between."""
     low, high, (energy_low, energy_high), largest, others = _head_and_tail(spectrum)

@@ -69,7 +69,7 @@ class Certificate:
         return "; ".join(parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two spectra are equal only if they are one: arrays have no single truth
 class Spectrum:
     """Singular values of one matrix, with what is known about their errors.
 

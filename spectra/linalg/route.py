@@ -50,7 +50,7 @@ def sketch_bytes(rows: int, cols: int, rank: int, itemsize: int) -> int:
     """Memory of the sketch beside the matrix: both bases, the float64 copy of one, the tail's bases."""
     basis = BLOCKS * (rank + OVERSAMPLE)
     tail = TAIL_BLOCKS * TAIL_WIDTH
-    return itemsize * (rows + cols) * (basis + 2 * tail) + 8 * (cols * basis + rows * tail)
+    return itemsize * (2 * rows + cols) * (basis + tail) + 8 * (cols * basis + rows * tail)
 
 
 def choose(
@@ -218,7 +218,7 @@ def matrix_spectrum(
             raise UsageError(
                 f"a sketch gives fewer values than the {min(rows, cols)} of a {rows} × {cols} matrix: set rank"
             )
-        found = truncated(matrix, chosen.rank, seed=seed)
+        found = truncated(matrix, chosen.rank, seed=seed, storage_floor=storage_floor)
     elif chosen.name == "gram":
         found = by_gram(matrix, vectors=vectors)
     else:
