@@ -251,8 +251,12 @@ def test_truncated_rows_carry_certified_intervals(tmp_path):
 def test_scaled_eight_bit_weights_are_refused_by_row_and_bare_ones_are_read(tmp_path):
     w = noise(32, 32).to(torch.float8_e4m3fn)
     t = (w.float() * 1.5).to(torch.float8_e4m3fn)
-    save_file({"bare.weight": w, "q.weight": w, "q.weight_scale_inv": torch.ones(1, 1)}, tmp_path / "a.safetensors")
-    save_file({"bare.weight": t, "q.weight": t, "q.weight_scale_inv": torch.ones(1, 1)}, tmp_path / "b.safetensors")
+    save_file(
+        {"bare.weight": w, "q.weight": w.clone(), "q.weight_scale_inv": torch.ones(1, 1)}, tmp_path / "a.safetensors"
+    )
+    save_file(
+        {"bare.weight": t, "q.weight": t.clone(), "q.weight_scale_inv": torch.ones(1, 1)}, tmp_path / "b.safetensors"
+    )
     run = spectra.compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors", progress=False)
     rows = run.frame.set_index("name")
     assert rows.status["bare.weight"] == "ok"
