@@ -466,6 +466,7 @@ def _side_info(checkpoint: Checkpoint | Adapter) -> dict[str, Any]:
         "parameters": sum(math.prod(info.shape) for info in infos),
         "bytes": sum(info.nbytes for info in infos),
         "revision": checkpoint.revision,
+        "notes": list(checkpoint.notes),
         "digests": [
             {"name": digest.name, "bytes": digest.bytes, "sha256": digest.sha256, "sampled": digest.sampled}
             for digest in checkpoint.digests()

@@ -190,6 +190,9 @@ def _input_flags(info: Mapping[str, Any]) -> list[Flag]:
         flags.append(Flag("note", "trust_pickle", "Pickled weights were accepted (--trust-pickle), tensors only."))
     for sentence in info.get("matching", {}).get("transforms", ()):
         flags.append(Flag("note", "names", f"Names: {visible(str(sentence)).rstrip('.')}."))
+    for side in ("base", "tuned"):
+        for sentence in info.get(side, {}).get("notes", ()):
+            flags.append(Flag("note", "input", f"Of the {side}: {visible(str(sentence)).rstrip('.')}."))
     sampled = [
         d["name"] for side in ("base", "tuned") for d in info.get(side, {}).get("digests", ()) if d.get("sampled")
     ]

@@ -154,19 +154,21 @@ def real_pair() -> Iterator[Row]:
 def large_pair(folder: Path) -> Iterator[Row]:
     """A sharded 1.1-billion-parameter bf16 pair at rank 64, against only reading and upcasting both."""
     base, tuned = make_pair(folder)
-    floor = _child("read", base, tuned)
-    ours = _child("report", base, tuned)
     limit = 500 + 4 * 32000 * 2048 * 4 / 1e6
-    found = ours["signal_rank"]
-    yield Row(
-        "1.1 B bf16 pair, `--rank 64`",
-        ours["seconds"],
-        "only reading and upcasting both",
-        floor["seconds"],
-        "≥ 0.25×",
-        ours["seconds"] <= 4 * floor["seconds"] and ours["peak_mb"] <= limit and found == 8,
-        f"planted rank 8 found in the median matrix: {found == 8}; peak RSS {ours['peak_mb']:.0f} MB (≤ {limit:.0f})",
-    )
+    for source, forget in (("from disk", True), ("from the page cache", False)):
+        floor = _child("read", base, tuned, forget)
+        ours = _child("report", base, tuned, forget)
+        found = ours["signal_rank"]
+        yield Row(
+            f"1.1 B bf16 pair, `--rank 64`, {source}",
+            ours["seconds"],
+            "only reading and upcasting both",
+            floor["seconds"],
+            "≥ 0.25×",
+            ours["seconds"] <= 4 * floor["seconds"] and ours["peak_mb"] <= limit and found == 8,
+            f"planted rank 8 found in the median matrix: {found == 8}; "
+            f"peak RSS {ours['peak_mb']:.0f} MB, allowed {limit:.0f}",
+        )
 
 
 def start_up() -> Iterator[Row]:
@@ -186,8 +188,12 @@ def start_up() -> Iterator[Row]:
     yield Row("`spectra.report --help`", help_page.seconds, "allowed", 0.6, "≤ 0.6 s", help_page.seconds <= 0.6, "")
 
 
-def _child(task: str, base: Path, tuned: Path) -> dict[str, float]:
-    """Run a task in a process of its own, so that its peak memory is its own."""
+def _child(task: str, base: Path, tuned: Path, forget: bool) -> dict[str, float]:
+    """Run a task in a process of its own, so that its peak memory is its own; with files out of the page cache."""
+    for path in (*base.iterdir(), *tuned.iterdir()) if forget else ():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     answer = subprocess.run(
         [sys.executable, HERE / "large_pair.py", task, base, tuned], check=True, capture_output=True, text=True
     )
