@@ -265,7 +265,7 @@ def compare(
     ...     save_file({"w": torch.eye(4)}, f"{folder}/a.safetensors")
     ...     save_file({"w": torch.eye(4) + torch.ones(4, 4)}, f"{folder}/b.safetensors")
     ...     run = compare(f"{folder}/a.safetensors", f"{folder}/b.safetensors", progress=False)
-    >>> run.frame.status[0], round(run.frame.spectral_norm[0], 6), int(run.frame.rank_99[0])
+    >>> run.frame.status[0], round(float(run.frame.spectral_norm[0]), 6), int(run.frame.rank_99[0])
     ('ok', 4.0, 1)
     """
     todo = plan(
