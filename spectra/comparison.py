@@ -148,6 +148,7 @@ def plan(
     """
     if rank is not None and (exact or rank < 1):
         raise UsageError(f"rank = {rank} and exact = {exact}: give a positive rank, or exact, or neither")
+    _check_device(device)
     wanted = name_filter(include, exclude)
     opened_base = as_base(opened(base, trust_pickle=trust_pickle, offline=offline))
     opened_tuned = opened(tuned, trust_pickle=trust_pickle, offline=offline)
@@ -296,6 +297,8 @@ def execute(
     """Carry out a plan; parameters, returns and errors are those of `compare`."""
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs = {jobs}: at least one matrix must be measured at a time")
+    if out is not None:
+        _check_folder(todo, out)
     info = _info(todo)
     fingerprint = {key: info[key] for key in ("base", "tuned", "settings", "versions", "threads")}
     with Journal(Path(out), fingerprint, resume=resume) if out is not None else nullcontext() as journal:
@@ -412,6 +415,22 @@ def _peak_bytes(delta: AnyDelta) -> int:
 
 def _tuned_info(name: str, tuned_name: str | None, found: Mapping[str, AnyDelta], infos: Mapping[str, Any]) -> Any:
     return found[name].tuned_info if name in found else infos.get(tuned_name or "")
+
+
+def _check_device(device: str | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"device {device!r} cannot be used: {reason}; leave it out to compute on the CPU") from error
+
+
+def _check_folder(todo: Plan, out: str | os.PathLike[str]) -> None:
+    """Inputs are read only: nothing is written among them."""
+    for side in (todo.base, todo.tuned):
+        folder = side.root if side.root.is_dir() else None
+        if folder is not None and Path(out).resolve() == folder.resolve():
+            raise UsageError(f"{out} is the folder of {side.ref}; give the report a folder of its own")
 
 
 def _physical_memory() -> int:

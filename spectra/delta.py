@@ -345,8 +345,13 @@ def as_base(checkpoint: Checkpoint | Adapter) -> Checkpoint:
     """Refuse an adapter as the base of a comparison."""
     if isinstance(checkpoint, Adapter):
         raise UsageError(
-            f"{checkpoint.ref} is an adapter: it holds an update, not a model. Give the model it was trained on first "
-            f"(its adapter_config.json names {checkpoint.config.base_model!r}), then the adapter"
+            f"{checkpoint.ref} is an adapter: it holds an update, not a model. Give the model it was trained on first"
+            + (
+                f" (its adapter_config.json names {checkpoint.config.base_model!r})"
+                if checkpoint.config.base_model
+                else ""
+            )
+            + ", then the adapter"
         )
     return checkpoint
 

@@ -313,7 +313,7 @@ def rank_above_bounds(spectrum: Spectrum, threshold: float) -> Bounds:
 
 
 def signal_rank(spectrum: Spectrum) -> int:
-    """Number of singular values above the storage-rounding floor of the certificate.
+    """Number of singular values above the storage-rounding floor of the certificate, and above its roundoff.
 
     By Weyl's inequality no more values than the true update has can stand above the norm of the rounding error, so
     this is a count of directions that rounding cannot have made.
@@ -337,7 +337,7 @@ def _floor(spectrum: Spectrum) -> float:
     floor = spectrum.certificate.storage_floor
     if math.isnan(floor):
         raise ValueError("this spectrum carries no storage floor: take it from a delta of two checkpoints")
-    return floor
+    return max(floor, spectrum.certificate.roundoff, spectrum.certificate.squared_roundoff)
 
 
 # Truncation (Eckart–Young–Mirsky) ---------------------------------------------------------------------------------

@@ -197,14 +197,25 @@ def _measures(delta: AnyDelta, question: Question) -> Record:
         return {**row, "status": "unchanged", **_spectral(_zero_spectrum((rows, cols), found), adapter=False)}
     if isinstance(delta, LowRankDelta):
         return {**row, **_spectral(delta.spectrum(), adapter=True)}
-    found_spectrum = found.spectrum(
+    spectrum = found.spectrum(
         rank=question.rank,
         route=question.route,
         seed=question.seed,
         max_bytes=question.max_bytes,
         device=question.device,
     )
-    return {**row, **_spectral(found_spectrum, adapter=False)}
+    row["storage_frobenius"] = _rounding_norm(found, spectrum)
+    return {**row, **_spectral(spectrum, adapter=False)}
+
+
+def _rounding_norm(found: Difference, spectrum: Spectrum) -> float:
+    """Predicted ‖E‖_F of the rounding, but no more than what the directions above the floor leave of the update.
+
+    The prediction counts a full grid cell for every entry of both sides. Where the base lies on its grid, or the update
+    is finer than a cell, less is rounded; and what stands above the floor is not rounding.
+    """
+    above = spectrum.values[spectrum.values > found.floor.spectral] / found.frobenius
+    return min(found.floor.frobenius, found.frobenius * math.sqrt(max(0.0, 1.0 - float(np.sum(above**2)))))
 
 
 # Names under which 8-bit checkpoints keep the scale of a weight (compressed-tensors, DeepSeek, transformers' FP8).
@@ -281,7 +292,8 @@ def _against_noise(spectrum: Spectrum) -> Record:
     median = float(np.median(spectrum.values))
     if median <= 0.0:
         return {}
-    floor = spectrum.certificate.storage_floor
+    certificate = spectrum.certificate
+    floor = max(certificate.storage_floor, certificate.roundoff, certificate.squared_roundoff)
     beta = min(spectrum.shape) / max(spectrum.shape)
     edge = finite_edge(spectrum.shape, noise_std(median, spectrum.shape))
     row: Record = {

@@ -207,7 +207,7 @@ def test_too_little_memory_fails_the_matrix_and_not_the_run(pair):
     run = spectra.compare(*pair, max_memory=150_000, progress=False)
     rows = run.frame.set_index("name")
     assert rows.status["model.layers.0.attn.q_proj.weight"] == "failed"
-    assert "MB are allowed" in rows.reason["model.layers.0.attn.q_proj.weight"]
+    assert "MB are left" in rows.reason["model.layers.0.attn.q_proj.weight"]
     assert rows.status["model.layers.0.norm.weight"] == "vector"
 
 
@@ -263,6 +263,47 @@ def test_scaled_eight_bit_weights_are_refused_by_row_and_bare_ones_are_read(tmp_
     assert rows.frobenius["bare.weight"] == pytest.approx(float((t.double() - w.double()).norm()), rel=1e-12)
     assert rows.status["q.weight"] == "unsupported_dtype"
     assert "q.weight_scale_inv" in rows.reason["q.weight"]
+
+
+def test_square_kernels_turn_with_the_others(tmp_path):
+    """GPT-2's attn.c_proj is square: nothing but its neighbours tells that it is stored transposed."""
+    base = {
+        f"h.{i}.{name}.weight": noise(*shape, seed=i)
+        for i in range(2)
+        for name, shape in (("c_fc", (32, 96)), ("c_proj", (32, 32)))
+    }
+    tuned = {name: (w * 1.5).T.contiguous() for name, w in base.items()}
+    save_file(base, tmp_path / "a.safetensors")
+    save_file(tuned, tmp_path / "b.safetensors")
+    frame = spectra.compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors", progress=False).frame
+    assert np.allclose(frame.relative_frobenius, 0.5, atol=1e-6)
+    assert frame.reason.str.contains("transposed").all()
+
+
+def test_rounding_is_never_said_to_be_what_stands_above_the_floor(tmp_path):
+    """Rank 8 at 0.2 % on a base that lies on the bf16 grid: less is rounded than the cells of the grid predict."""
+    base = noise(384, 384).bfloat16()
+    update = planted(np.ones(8), 384, 384)
+    update *= 0.002 * float(base.double().norm()) / np.linalg.norm(update)
+    tuned = (base.double() + torch.from_numpy(update)).bfloat16()
+    save_file({"w": base}, tmp_path / "a.safetensors")
+    save_file({"w": tuned}, tmp_path / "b.safetensors")
+    row = spectra.compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors", progress=False).frame.iloc[0]
+    error = float((tuned.double() - base.double() - torch.from_numpy(update)).norm())
+    assert row.signal_rank == 8
+    # the update itself sticks out into the rest by a few per cent of its norm
+    assert row.storage_frobenius == pytest.approx(error, rel=0.1)
+
+
+def test_inputs_are_read_only_and_devices_are_checked_first(pair, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    pair[0].rename(folder / "model.safetensors")
+    with pytest.raises(UsageError, match="folder of its own"):
+        spectra.compare(folder, pair[1], out=folder, progress=False)
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
+    with pytest.raises(UsageError, match="device 'nonsense'"):
+        spectra.plan(folder, pair[1], device="nonsense")
 
 
 def test_the_real_pair(real_pair):

@@ -155,6 +155,7 @@ def pair_names(
     pairs += _tied(left, right, found)
     pairs += _unstacked(left, right)
     pairs += [pair for side, other in ((left, right), (right, left)) for pair in _unmatched(side, other)]
+    pairs = _square_like_the_rest(pairs, base)
     ordered = _with_unique_names(_in_stored_order(pairs, left, right) + _alias_rows(left, right, pairs))
     counted = [pair for pair in ordered if not pair.buffer and pair.status != "alias"]
     matched = sum(pair.status == "ok" for pair in counted)
@@ -274,6 +275,22 @@ def _verdict(name: str, base: Shape, tuned: Shape) -> tuple[str, str, str]:
         common = min(base[0], tuned[0])
         return "ok", f"rows:{common}", f"{base[0]} → {tuned[0]} rows; the {common} common rows compared"
     return "shape_mismatch", "", f"shape {base} in base, {tuned} in tuned"
+
+
+def _square_like_the_rest(pairs: list[Pair], base: Mapping[str, TensorInfo]) -> list[Pair]:
+    """Turn the square matrices of the layers too where every other matrix of the layers is stored transposed."""
+
+    def kernel(pair: Pair) -> bool:
+        both = pair.status == "ok" and pair.base is not None and pair.tuned is not None
+        return both and len(base[pair.base or ""].shape) == 2 and layer_and_role(pair.name)[0] is not None
+
+    kernels = [pair for pair in pairs if kernel(pair)]
+    square = {pair.name for pair in kernels if len(set(base[pair.base or ""].shape)) == 1 and not pair.view}
+    others = [pair for pair in kernels if pair.name not in square]
+    if not others or not all(pair.view == "transpose_tuned" for pair in others):
+        return pairs
+    reason = "square: taken as stored transposed, since every other matrix of the layers is"
+    return [replace(p, view="transpose_tuned", reason=reason) if p.name in square else p for p in pairs]
 
 
 def _is_stack(name: str, shape: Shape) -> bool:

@@ -103,8 +103,8 @@ def choose(
     if count < 1 or sketch.bytes > max_bytes:
         least = min(sketch.bytes, exact.bytes)
         raise OutOfMemory(
-            f"a {rows} × {cols} matrix needs {least / 1e6:,.0f} MB beside itself by its leanest route, "
-            f"but {max_bytes / 1e6:,.0f} MB are allowed; raise the limit or ask for fewer values"
+            f"a {rows} × {cols} matrix needs {least / 1e6:,.3g} MB beside itself by its leanest route, "
+            f"but {max(max_bytes, 0) / 1e6:,.3g} MB are left for it; allow more memory or ask for fewer values"
         )
     return sketch
 

@@ -228,7 +228,9 @@ def _print_report(data: ReportData, written: list[Path], *, quiet: bool, as_json
 
 def _coloured(stream: Any) -> bool:
     """Colour only where a person looks, and never where NO_COLOR is set (no-color.org)."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return (
+        stream is not None and stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    )
 
 
 if __name__ == "__main__":

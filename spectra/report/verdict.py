@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -134,10 +135,22 @@ def _above_floor(subject: _Subject) -> str:
     signal = subject.middle("signal_rank")
     if signal.known:
         verb = "stands" if span(signal) == "1" else "stand"
-        return f"where {span(signal)} singular values {verb} above the storage floor"
+        values = "singular value" if span(signal) == "1" else "singular values"
+        return f"where {span(signal)} {values} {verb} above the storage floor{_out_of_noise(subject)}"
     if all(r.factored for r in subject.rows):
         return "in factors, which have no storage floor"
     return "the storage floor being unknown"
+
+
+def _out_of_noise(subject: _Subject) -> str:
+    spikes = _spikes(subject)
+    return "" if math.isnan(spikes) else f" and {spikes:g} out of random noise (Marchenko–Pastur)"
+
+
+def _spikes(subject: _Subject) -> float:
+    """Median count of values above the Marchenko–Pastur edge; NaN where no spectrum is complete."""
+    known = [r.numbers["mp_rank"] for r in subject.rows if math.isfinite(r.numbers["mp_rank"])]
+    return statistics.median(known) if known else math.nan
 
 
 def _fixed_rank(subject: _Subject) -> str:
@@ -149,7 +162,7 @@ def _fixed_rank(subject: _Subject) -> str:
 
 
 def _left_by_truncation(subject: _Subject) -> str:
-    errors = [(r, subject.middle(f"error_r{r}")) for r in BET_RANKS]
+    errors = [(r, subject.middle(f"error_r{r}")) for r in _ranks(subject)]
     known = [(r, e) for r, e in errors if e.known]
     if not known:
         return "the error of a low-rank truncation is unknown"
@@ -161,26 +174,39 @@ def _left_by_truncation(subject: _Subject) -> str:
 
 def _bet(subject: _Subject) -> str:
     """Whether the update is low rank at the ranks that adapters use, and whether rounding lets anyone tell."""
-    for rank in BET_RANKS:
+    ranks = _ranks(subject)
+    if not ranks:
+        return "and the matrices are too small for LoRA’s bet on a low rank to mean anything"
+    if _spikes(subject) == 0:
+        return (
+            "yet not one direction stands out of random noise, so there is nothing for LoRA’s bet on a low rank to hold"
+        )
+    for rank in ranks:
         error = subject.middle(f"error_r{rank}")
         if error.known and error.high <= BET_ERROR:
             return (
                 f"so LoRA’s bet on a low rank holds for this update from rank {rank} (90\xa0% of the squared norm kept)"
             )
     signal, noise = subject.middle("signal_rank"), rounding_share(subject.rows) ** 2
-    enough = [r for r in BET_RANKS if signal.known and signal.high <= r]
+    enough = [r for r in ranks if signal.known and signal.high <= r]
     if noise > NOISY_SHARE and enough:
         return (
             f"yet what rank {enough[0]} leaves cannot be told from storage rounding, so LoRA’s bet on a low rank "
             "is not refuted"
         )
-    lowest = subject.middle("error_r64")
+    lowest = subject.middle(f"error_r{ranks[-1]}")
     if lowest.known and lowest.low <= BET_ERROR:
-        return "and the certified bounds do not settle whether LoRA’s bet on a low rank holds at rank 64"
+        return f"and the certified bounds do not settle whether LoRA’s bet on a low rank holds at rank {ranks[-1]}"
     return (
-        "so LoRA’s bet on a low rank does not hold for this update up to rank 64 (less than 90\xa0% of the squared "
-        "norm kept)"
+        f"so LoRA’s bet on a low rank does not hold for this update up to rank {ranks[-1]} (less than 90\xa0% of the "
+        "squared norm kept)"
     )
+
+
+def _ranks(subject: _Subject) -> list[int]:
+    """Ranks at which an adapter of the median matrix has fewer parameters than a square matrix of its smaller side."""
+    limit = statistics.median(r.limit for r in subject.rows)
+    return [rank for rank in BET_RANKS if 2 * rank <= limit]
 
 
 def _how_sure(subject: _Subject) -> str:
@@ -200,9 +226,7 @@ def _rounding_words(subject: _Subject) -> str:
     share = rounding_share(known)
     whole, most = trace(share), trace(worst.rounding)
     text = f"Rounding to the stored dtype explains {whole.replace('<', 'less than')} of the update’s norm"
-    if share > 1:  # in a dead zone less is rounded than the cells of the grid would predict
-        text = f"Rounding to the stored dtype could explain all of the update’s norm (predicted: {whole} of it)"
-    elif len(known) > 1 and most != whole:
+    if len(known) > 1 and most != whole:
         text += f" overall and at most {most.replace('<', 'less than')} in one matrix"
     if not noisy:
         return f"{text}, and {'it is not' if subject.one else 'no matrix is'} mostly rounding"
