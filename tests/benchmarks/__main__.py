@@ -76,7 +76,7 @@ def all_values_wide() -> Iterator[Row]:
         theirs.seconds,
         "≥ 6×",
         theirs.seconds / ours.seconds >= 6.0 and error < 1e-5,
-        f"|Δσ| ≤ {error:.1e} σ₁ of torch's float32 values",
+        f"abs(Δσ) ≤ {error:.1e} σ₁ of torch's float32 values",
     )
 
 
@@ -117,7 +117,7 @@ def adapter() -> Iterator[Row]:
         dense.seconds,
         "≥ 1000×",
         dense.seconds / ours.seconds >= 1000 and error <= 20 * 2.0**-52,
-        f"|Δσ| = {error / 2.0**-52:.1f} ε σ₁ of LAPACK's on the factors, {cross:.0e} σ₁ of an independent Gram matrix",
+        f"abs(Δσ) = {error / 2.0**-52:.1f} ε σ₁ of LAPACK's on the factors, {cross:.0e} σ₁ of an independent Gram matrix",
     )
 
 
@@ -174,18 +174,15 @@ def large_pair(folder: Path) -> Iterator[Row]:
 def start_up() -> Iterator[Row]:
     """Import beyond torch's own, and the help page."""
 
-    def python(*arguments: str) -> Callable[[], object]:
-        return lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
-
-    ours, theirs, help_page = in_turn(
-        python("-c", "import torch, spectra"),
-        python("-c", "import torch"),
-        python("-m", "spectra.report", "--help"),
-        rounds=7,
+    code = "import time, torch; start = time.perf_counter(); import spectra; print(time.perf_counter() - start)"
+    beyond = min(
+        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+        for _ in range(3)
     )
-    beyond = max(ours.seconds - theirs.seconds, 0.0)
-    yield Row("import spectra beyond torch", max(beyond, 1e-4), "allowed", 0.2, "≤ 0.2 s", beyond <= 0.2, "")
-    yield Row("`spectra.report --help`", help_page.seconds, "allowed", 0.6, "≤ 0.6 s", help_page.seconds <= 0.6, "")
+    help_page = [sys.executable, "-m", "spectra.report", "--help"]
+    (told,) = in_turn(lambda: subprocess.run(help_page, check=True, capture_output=True), rounds=7)
+    yield Row("import spectra beyond torch", beyond, "allowed", 0.2, "≤ 0.2 s", beyond <= 0.2, "")
+    yield Row("`spectra.report --help`", told.seconds, "allowed", 0.6, "≤ 0.6 s", told.seconds <= 0.6, "")
 
 
 def _child(task: str, base: Path, tuned: Path, forget: bool) -> dict[str, float]:
