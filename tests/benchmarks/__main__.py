@@ -117,7 +117,7 @@ def adapter() -> Iterator[Row]:
         dense.seconds,
         "≥ 1000×",
         dense.seconds / ours.seconds >= 1000 and error <= 20 * 2.0**-52,
-        f"abs(Δσ) = {error / 2.0**-52:.1f} ε σ₁ of LAPACK's on the factors, {cross:.0e} σ₁ of an independent Gram matrix",
+        f"abs(Δσ) = {error / 2.0**-52:.1f} ε σ₁ of LAPACK's on the factors, {cross:.0e} σ₁ of another Gram matrix",
     )
 
 
