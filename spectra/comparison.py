@@ -34,15 +34,15 @@ from spectra.run import Run
 from spectra.version import __version__
 
 # Matrices are measured by one thread beside others up to so many entries, or to so small a side: BLAS gains little from
-# a second thread there (1024 × 1024: 1.3×; 30522 × 384: nothing), and two matrices at a time gain up to 2×.
+# a second thread there (30522 × 384: nothing), and two matrices at a time gain 1.6×.
 SMALL_ENTRIES = 1 << 22
 SMALL_SIDE = 512
 
 # Least share of tensors that must match before a comparison means anything.
 LEAST_MATCH = 0.95
 
-# min(rows, cols) up to which every singular value is taken by default: beyond, the cube of it is felt (2048: under a
-# second a matrix, 4096: six) and the top values are certified instead.
+# min(rows, cols) up to which every singular value is taken by default: beyond, the cube of it is felt (2048: about a
+# second a matrix, 4096: four) and the top values are certified instead.
 EXACT_BELOW = 2048
 DEFAULT_RANK = 64
 

@@ -23,8 +23,8 @@ from spectra.theory.bounds import rayleigh_ritz_upper
 from spectra.values import Certificate, Spectrum
 
 # Width past the k values asked for, and number of blocks. On a 4096 × 4096 matrix with a power-law spectrum in noise
-# and k = 64, four blocks of k + 16 find the 64th value to 1.3 % and certify the 32nd to 6 %; three leave 6 % and 27 %,
-# at nine tenths of the time.
+# and k = 64, four blocks of k + 16 find the 64th value to 1.3 % and certify the 32nd to about 8 %; three leave 6 % and
+# 27 %.
 OVERSAMPLE = 16
 BLOCKS = 4
 
@@ -186,7 +186,7 @@ def _orthonormal_against(new: torch.Tensor, known: torch.Tensor, generator: torc
 def _cholesky_qr(x: torch.Tensor, least: float) -> torch.Tensor | None:
     """Orthonormal basis of x by the Cholesky factor of its Gram matrix in float64; None below a pivot of `least`.
 
-    A tenth of Householder's time on 4096 × 80 (Yamamoto et al., ETNA 44, 2015), but for a condition past 10⁶.
+    A few matrix products (Yamamoto et al., ETNA 44, 2015) for conditions below 10⁶.
     """
     x64 = x.double()
     factor, failed = torch.linalg.cholesky_ex(x64.T @ x64)

@@ -136,3 +136,14 @@ def test_zero_matrix():
         found = route(as_matrix(np.zeros((5, 3))))
         assert found.values.tolist() == [0.0, 0.0, 0.0]
         assert found.frobenius == 0.0
+
+
+@pytest.mark.parametrize("shape", [(500, 500), (300, 900)])
+def test_certificates_leave_room_for_what_routes_and_drivers_differ_by(shape):
+    """Errors grow with size: both routes against QR iteration, each within half of what its certificate allows."""
+    a = np.random.default_rng(1).standard_normal(shape)
+    other = scipy.linalg.svd(a, compute_uv=False, lapack_driver="gesvd")
+    squares = by_gram(as_matrix(a)).values ** 2
+    assert np.max(np.abs(squares - other**2)) <= 0.5 * (dense.gram_roundoff(*shape) * other[0]) ** 2
+    values = by_bidiagonal(as_matrix(a)).values
+    assert np.max(np.abs(values - other)) <= 0.5 * dense.bidiagonal_roundoff(*shape) * other[0]
