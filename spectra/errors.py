@@ -14,6 +14,7 @@
     │   ├── NoConvergence           1   every LAPACK driver failed
     │   └── IncompleteSpectrum      2   a truncated spectrum asked for a whole one's measure
     ├── OutOfMemory                 2   the memory allowed is too small for any route
+    ├── TrainingError               1   training that cannot go on, a loss that is NaN for instance
     └── JournalError                2   the output folder cannot be continued
         ├── JournalBusy             2   another run owns it
         └── JournalMismatch         2   it was begun with other inputs or flags
@@ -84,6 +85,10 @@ class OutOfMemory(SpectraError):
     """The memory allowed is too small for any route to a matrix's spectrum."""
 
     exit_code = 2
+
+
+class TrainingError(SpectraError):
+    """Training that cannot go on; what was saved before stays."""
 
 
 class JournalError(SpectraError):
