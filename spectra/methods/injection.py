@@ -170,7 +170,9 @@ def is_linear(module: nn.Module) -> bool:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear map."""
-    rows, cols = module.weight.shape
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)  # for the type checker: `is_linear` modules hold one
+    rows, cols = weight.shape
     return (int(cols), int(rows)) if is_conv1d(module) else (int(rows), int(cols))
 
 
