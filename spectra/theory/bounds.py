@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 Vector = NDArray[np.float64]
 
@@ -61,3 +64,45 @@ def rayleigh_ritz_upper(values: ArrayLike, residuals: ArrayLike, tail: float) ->
     for j in range(len(theta)):
         bound[: j + 1] = np.minimum(bound[: j + 1], _two_by_two(theta[: j + 1], rest[j], before[j]))
     return np.asarray(np.sqrt(np.append(bound, tail**2)), dtype=np.float64)
+
+
+def block_lanczos_factor(dimension: int, width: int, blocks: int, failure_probability: float) -> float:
+    """Factor by which block Lanczos' estimate of ‖R‖₂ can fall short of it, except with a given probability.
+
+    Let v₁ … v_n be the right singular vectors of R, its norm scaled to 1, and Ω the Gaussian start, n × b. The start
+    x = Ωc with c along Ωᵀv₁ has ⟨x, v₁⟩² ~ χ²_b and, independently, N(0, 1) along every other v_i: the squared tangent
+    of its angle to v₁ is a ratio of χ²_{n−1} to χ²_b. Its Krylov space lies in the block's. For every polynomial p of
+    degree k − 1, an estimate λ̂ < 1 − ε of λ₁(RᵀR) = 1 would mean Σ (λ_i − 1 + ε) p(λ_i)² x_i² < 0, hence
+
+        ε p(1)² x₁² < max over λ in [0, 1 − ε] of (1 − ε − λ) p(λ)² · Σ_{i>1} x_i².
+
+    p((1 − ε)t²) = U_{2k−2}(t), Chebyshev's of the second kind, makes that maximum 1 − ε, and leaves
+    sinh((2k − 1) artanh √ε) < tan∠(x, v₁). Solved for ε, with τ a quantile of the tangent:
+
+        ‖R‖₂ ≤ σ̂ · cosh(arsinh(τ) / (2k − 1)).
+
+    J. Kuczyński and H. Woźniakowski (SIAM J. Matrix Anal. Appl. 13, 1992, thm 4.2) have the same for a single start.
+
+    Parameters
+    ----------
+    dimension : int
+        n, length of the start's columns.
+    width : int
+        b, columns of the start.
+    blocks : int
+        k, blocks of the Krylov space.
+    failure_probability : float
+        In (0, 1).
+
+    Returns
+    -------
+    float
+        At least 1.
+
+    Examples
+    --------
+    >>> round(block_lanczos_factor(2048, 16, 4, 1e-9), 3)
+    1.242
+    """
+    ratio = float(stats.f.isf(failure_probability, dimension - 1, width)) * (dimension - 1) / width
+    return math.cosh(math.asinh(math.sqrt(ratio)) / (2 * blocks - 1))
