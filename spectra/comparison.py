@@ -1,8 +1,4 @@
-"""`compare`: spectra and measures of every update between two checkpoints, journalled, resumable, within memory.
-
-Small matrices go side by side, one thread each; large ones two at a time, each with half the threads, where there are
-two. How many threads a matrix gets depends on the plan alone, so that the numbers are the same bits whatever ``jobs``.
-"""
+"""`compare`: spectra and measures of every update between two checkpoints, journalled, resumable, within memory."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from spectra.checkpoints import Adapter, Checkpoint
@@ -29,14 +23,10 @@ from spectra.delta import AnyDelta, LowRankDelta, as_base, is_float, name_filter
 from spectra.errors import MismatchError, OutOfMemory, UsageError
 from spectra.journal import Journal
 from spectra.linalg.route import Route, choose
-from spectra.record import Question, Record, described, measured
+from spectra.record import Question, Record, described
 from spectra.run import Run
+from spectra.schedule import measure_all, resident_bytes
 from spectra.version import __version__
-
-# Matrices are measured by one thread beside others up to so many entries, or to so small a side: BLAS gains little from
-# a second thread there (30522 × 384: nothing), and two matrices at a time gain 1.6×.
-SMALL_ENTRIES = 1 << 22
-SMALL_SIDE = 512
 
 # Least share of tensors that must match before a comparison means anything.
 LEAST_MATCH = 0.95
@@ -82,7 +72,7 @@ class Plan:
         if isinstance(delta, LowRankDelta) or min(rows, cols) <= 1 or not is_float(delta.base_info.dtype):
             return None
         itemsize = 8 if "F64" in (delta.base_info.dtype, delta.tuned_info.dtype) else 4
-        limit = self.question.max_bytes - _resident_bytes(delta)
+        limit = self.question.max_bytes - resident_bytes(delta)
         return choose(rows, cols, rank=self.rank(delta), itemsize=itemsize, max_bytes=limit)
 
     def rank(self, delta: AnyDelta) -> int | None:
@@ -307,77 +297,12 @@ def execute(
             record for record in todo.records if record["name"] in todo.deltas and record["name"] not in finished
         ]
         with _bar(todo, missing, progress) as advance:
-            for row in _measure_all(todo, missing, jobs or os.cpu_count() or 1):
+            for row in measure_all(todo, missing, jobs or os.cpu_count() or 1):
                 finished[row["name"]] = row
                 if journal is not None:
                     journal.write(row)
                 advance(row)
     return Run(tuple(finished.get(record["name"], record) for record in todo.records), info)
-
-
-def _measure_all(todo: Plan, records: list[Record], jobs: int) -> Iterator[Record]:
-    """Rows as they are finished: small matrices side by side on one thread each, then large ones on all threads."""
-    deltas = todo.deltas
-    small = [record for record in records if _small(deltas[record["name"]])]
-    large = [record for record in records if not _small(deltas[record["name"]])]
-    threads = torch.get_num_threads()
-    # Two at a time on a thread each take three quarters of the time that they take in turn on two: while one is read,
-    # subtracted or orthogonalised the other multiplies. Not on a device, nor where only one is large.
-    lanes = 2 if threads > 1 and not todo.question.device and sum(not _small(d) for d in deltas.values()) > 1 else 1
-
-    def measure(record: Record) -> Record:
-        delta = deltas[record["name"]]
-        limit = todo.question.max_bytes - _resident_bytes(delta)
-        question = Question(todo.rank(delta), todo.question.route, todo.question.seed, limit, todo.question.device)
-        return measured(delta, record, question)
-
-    with _threads(1):
-        yield from _side_by_side(measure, small, jobs, todo)
-    with _threads(threads // lanes):
-        yield from _side_by_side(measure, large, min(jobs, lanes), todo)
-
-
-def _small(delta: AnyDelta) -> bool:
-    return math.prod(delta.shape) <= SMALL_ENTRIES or min(delta.shape) <= SMALL_SIDE
-
-
-def _side_by_side(
-    measure: Callable[[Record], Record], records: list[Record], jobs: int, todo: Plan
-) -> Iterator[Record]:
-    """Measure records in a pool, never more at a time than memory admits."""
-    threads = torch.get_num_threads()  # torch's setting is one a thread, so every worker sets its own
-    pool = ThreadPoolExecutor(
-        jobs, thread_name_prefix="spectra", initializer=torch.set_num_threads, initargs=(threads,)
-    )
-    running: dict[Future[Record], int] = {}
-    try:
-        for record in records:
-            need = _peak_bytes(todo.deltas[record["name"]])
-            while len(running) >= jobs or (running and sum(running.values()) + need > todo.question.max_bytes):
-                yield from _finished(running)
-            running[pool.submit(measure, record)] = need
-        while running:
-            yield from _finished(running)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _finished(running: dict[Future[Record], int]) -> Iterator[Record]:
-    done, _ = wait(running, return_when=FIRST_COMPLETED)
-    for future in done:
-        del running[future]
-        yield future.result()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        with threadpool_limits(count):
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -404,17 +329,6 @@ def _bar(todo: Plan, records: list[Record], progress: bool) -> Iterator[Callable
 def _work(delta: AnyDelta) -> float:
     rows, cols = delta.shape
     return float(rows * cols) * (64 + min(rows, cols))
-
-
-def _resident_bytes(delta: AnyDelta) -> int:
-    """Bytes of both stored tensors and of their difference."""
-    wide = 8 if "F64" in (delta.base_info.dtype, delta.tuned_info.dtype) else 4
-    return delta.base_info.nbytes + delta.tuned_info.nbytes + wide * math.prod(delta.shape)
-
-
-def _peak_bytes(delta: AnyDelta) -> int:
-    rows, cols = delta.shape
-    return _resident_bytes(delta) + 8 * (2 * min(rows, cols) ** 2 + 2048 * min(rows, cols))
 
 
 def _tuned_info(name: str, tuned_name: str | None, found: Mapping[str, AnyDelta], infos: Mapping[str, Any]) -> Any:

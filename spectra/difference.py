@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 
-from spectra.errors import NonFiniteMatrix
+from spectra.errors import MatrixError, NonFiniteMatrix
+from spectra.linalg.dense import by_gram_together
 from spectra.linalg.matrix import Matrix, row_blocks
-from spectra.linalg.route import matrix_spectrum
+from spectra.linalg.route import choose, matrix_spectrum
 from spectra.theory.noise import FRACTION_BITS, LEAST_EXPONENT, StorageFloor, storage_floor
 from spectra.values import Spectrum
 
@@ -65,10 +67,37 @@ class Difference:
             storage_floor=self.floor.spectral,
             max_bytes=max_bytes,
         )
+        return self._certified(found)
+
+    def _certified(self, found: Spectrum) -> Spectrum:
         # Where two float32 numbers differ in size their difference is rounded once, by at most half an ulp of itself.
         subtraction = torch.finfo(self.matrix.dtype).eps / 2.0 * self.frobenius
         certificate = replace(found.certificate, roundoff=found.certificate.roundoff + subtraction)
         return replace(found, certificate=certificate)
+
+
+def spectra_together(
+    differences: Sequence[Difference], *, rank: int | None, max_bytes: float, device: str | None
+) -> list[Spectrum]:
+    """All singular values of updates of one shape, as one batch; `Difference.spectrum` for one at a time.
+
+    Raises
+    ------
+    MatrixError
+        If another route than Gram's is due for one of them, or the batch fails: take them one at a time.
+    """
+    matrices = [Matrix.of(d.matrix.to(device) if device else d.matrix, d.frobenius) for d in differences]
+    notes = []
+    for d, matrix in zip(differences, matrices, strict=True):
+        share = d.floor.spectral / d.frobenius
+        chosen = choose(*matrix.shape, rank=rank, itemsize=matrix.scaled.element_size(), floor_share=share)
+        if chosen.name != "gram" or chosen.bytes * len(matrices) > max_bytes:
+            raise MatrixError(f"a {matrix.shape} matrix is not one for a batch: {chosen.name}, {chosen.reason}")
+        notes.append((d.floor.spectral, chosen.reason))
+    return [
+        d._certified(replace(found, certificate=replace(found.certificate, storage_floor=floor, note=reason)))
+        for d, found, (floor, reason) in zip(differences, by_gram_together(matrices), notes, strict=True)
+    ]
 
 
 def difference(

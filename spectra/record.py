@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from spectra import measures
 from spectra.checkpoints import TensorInfo
 from spectra.checkpoints.names import Pair, layer_and_role
 from spectra.delta import AnyDelta, Delta, LowRankDelta, is_float, matrix_shape
-from spectra.difference import Difference, RouteChoice
+from spectra.difference import Difference, RouteChoice, spectra_together
 from spectra.errors import (
     CheckpointError,
     IncompleteSpectrum,
@@ -156,16 +157,55 @@ def measured(delta: AnyDelta, record: Record, question: Question) -> Record:
     dict
         JSON-able but for ``singular_values`` and ``singular_values_high``, float64 arrays.
     """
+    row = _sized(delta, record)
+    with _failing_into(row):
+        row |= _finished(*_read(delta, question), question)
+    return _plain(row)
+
+
+def measured_together(deltas: Sequence[AnyDelta], records: Sequence[Record], question: Question) -> list[Record]:
+    """`measured` for updates of one shape, their singular values taken as one batch where that is possible."""
+    rows = [_sized(delta, record) for delta, record in zip(deltas, records, strict=True)]
+    waiting: list[tuple[Record, Record, Difference]] = []
+    for row, delta in zip(rows, deltas, strict=True):
+        with _failing_into(row):
+            read, found = _read(delta, question)
+            if isinstance(found, Difference):
+                waiting.append((row, read, found))
+            else:
+                row |= _finished(read, found, question)
+    batch: Sequence[Spectrum | Difference] = [found for *_, found in waiting]
+    if len(waiting) > 1:
+        # What is not one for a batch is taken one at a time, so that only those fail that must.
+        with suppress(MatrixError, OutOfMemory, torch.OutOfMemoryError):
+            batch = spectra_together(
+                [found for *_, found in waiting],
+                rank=question.rank,
+                max_bytes=question.max_bytes,
+                device=question.device,
+            )
+    for (row, read, found), spectrum in zip(waiting, batch, strict=True):
+        with _failing_into(row):
+            row |= _finished(read, spectrum, question, found)
+    return [_plain(row) for row in rows]
+
+
+def _sized(delta: AnyDelta, record: Record) -> Record:
     rows, cols = delta.shape
-    row = {**record, "rows": rows, "cols": cols}
+    return {**record, "rows": rows, "cols": cols}
+
+
+@contextmanager
+def _failing_into(row: Record) -> Iterator[None]:
+    """Turn a deliberate error into the row's status and reason."""
     try:
-        return _plain({**row, **_measures(delta, question)})
+        yield
     except NonFiniteMatrix as error:
-        return {**row, "status": "nonfinite", "reason": str(error)}
+        row |= {"status": "nonfinite", "reason": str(error)}
     except UnsupportedFormat as error:
-        return {**row, "status": "unsupported_dtype", "reason": str(error)}
+        row |= {"status": "unsupported_dtype", "reason": str(error)}
     except (MatrixError, CheckpointError, OutOfMemory, OSError) as error:
-        return {**row, "status": "failed", "reason": f"{type(error).__name__}: {error}"}
+        row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
 
 
 def _plain(record: Record) -> Record:
@@ -173,13 +213,14 @@ def _plain(record: Record) -> Record:
     return {k: v for k, v in record.items() if not (isinstance(v, float) and not math.isfinite(v))}
 
 
-def _measures(delta: AnyDelta, question: Question) -> Record:
+def _read(delta: AnyDelta, question: Question) -> tuple[Record, Spectrum | Difference | None]:
+    """Read and subtract: what is known then, and the spectrum, or the matrix to take it of, or None where none is."""
     rows, cols = delta.shape
     if rows * cols == 0:
-        return {"status": "empty", "reason": f"shape {delta.base_info.shape} holds no entries"}
+        return {"status": "empty", "reason": f"shape {delta.base_info.shape} holds no entries"}, None
     dtypes = delta.base_info.dtype, delta.tuned_info.dtype
     if not all(is_float(dtype) for dtype in dtypes):
-        return _counted(delta, dtypes)
+        return _counted(delta, dtypes), None
     _refuse_scaled(delta)
     found = delta.difference()
     row: Record = {
@@ -192,20 +233,32 @@ def _measures(delta: AnyDelta, question: Question) -> Record:
         "merge_loss": found.merge_loss,
     }
     if min(rows, cols) == 1:
-        return {**row, "status": "vector"}
+        return {**row, "status": "vector"}, None
     if found.frobenius == 0.0:
-        return {**row, "status": "unchanged", **_spectral(_zero_spectrum((rows, cols), found), adapter=False)}
+        return {**row, "status": "unchanged"}, _zero_spectrum((rows, cols), found)
     if isinstance(delta, LowRankDelta):
-        return {**row, **_spectral(delta.spectrum(), adapter=True)}
-    spectrum = found.spectrum(
-        rank=question.rank,
-        route=question.route,
-        seed=question.seed,
-        max_bytes=question.max_bytes,
-        device=question.device,
-    )
-    row["storage_frobenius"] = _rounding_norm(found, spectrum)
-    return {**row, **_spectral(spectrum, adapter=False)}
+        return row, delta.spectrum()
+    return row, found
+
+
+def _finished(
+    read: Record, found: Spectrum | Difference | None, question: Question, matrix: Difference | None = None
+) -> Record:
+    """Complete what `_read` gave by the measures of the spectrum; `matrix` is what a batch took the spectrum of."""
+    if found is None:
+        return read
+    if isinstance(found, Difference):
+        matrix = found
+        found = found.spectrum(
+            rank=question.rank,
+            route=question.route,
+            seed=question.seed,
+            max_bytes=question.max_bytes,
+            device=question.device,
+        )
+    if matrix is None:  # an adapter's factors, or nothing changed
+        return {**read, **_spectral(found, random=False)}
+    return {**read, "storage_frobenius": _rounding_norm(matrix, found), **_spectral(found, random=True)}
 
 
 def _rounding_norm(found: Difference, spectrum: Spectrum) -> float:
@@ -251,7 +304,7 @@ def _counted(delta: AnyDelta, dtypes: tuple[str, str]) -> Record:
     }
 
 
-def _spectral(spectrum: Spectrum, *, adapter: bool) -> Record:
+def _spectral(spectrum: Spectrum, *, random: bool) -> Record:
     certificate = spectrum.certificate
     row: Record = {
         "route": certificate.method + (f" ({certificate.note})" if certificate.note else ""),
@@ -263,7 +316,7 @@ def _spectral(spectrum: Spectrum, *, adapter: bool) -> Record:
     }
     for name, (measure, interval) in _BOUNDED.items():
         row |= _with_bounds(spectrum, name, measure, interval)
-    if spectrum.complete and not adapter and spectrum.frobenius > 0.0:
+    if spectrum.complete and random:
         row |= _against_noise(spectrum)
     return row
 

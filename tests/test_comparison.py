@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import spectra
-from spectra import comparison
+from spectra import schedule
 from spectra.errors import JournalBusy, JournalError, JournalMismatch, MismatchError, UsageError
 from spectra.journal import Journal
 from spectra.record import COLUMNS
@@ -128,7 +128,7 @@ def test_bytes_do_not_depend_on_jobs(pair, tmp_path, jobs):
 
 def test_resume_measures_nothing_twice_and_gives_the_same_bytes(pair, tmp_path, monkeypatch):
     whole = spectra.compare(*pair, progress=False).save(tmp_path / "whole").read_bytes()
-    real, count = comparison.measured, 0
+    real, count = schedule.measured, 0
 
     def dies_after_three(*args):
         nonlocal count
@@ -137,11 +137,11 @@ def test_resume_measures_nothing_twice_and_gives_the_same_bytes(pair, tmp_path, 
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(comparison, "measured", dies_after_three)
+    monkeypatch.setattr(schedule, "measured", dies_after_three)
     with pytest.raises(KeyboardInterrupt):
         spectra.compare(*pair, out=tmp_path / "out", jobs=1, progress=False)
     seen = []
-    monkeypatch.setattr(comparison, "measured", lambda *args: seen.append(args[0].name) or real(*args))
+    monkeypatch.setattr(schedule, "measured", lambda *args: seen.append(args[0].name) or real(*args))
     run = spectra.compare(*pair, out=tmp_path / "out", jobs=1, progress=False)
     assert len(seen) == 8 - 3
     assert run.save(tmp_path / "resumed").read_bytes() == whole
@@ -319,3 +319,58 @@ def test_the_real_pair(real_pair):
     held = 1 - encoder.error_r8**2  # share of the energy in eight directions
     assert held.between(0.2, 0.6).all()
     assert encoder.rank_90.between(55, 190).all()
+
+
+@pytest.fixture
+def batched(monkeypatch):
+    """The path that an accelerator takes, on the CPU."""
+    monkeypatch.setattr(schedule, "_batched", lambda device: True)
+
+
+def many(tmp_path, poison=()):
+    base = {f"model.layers.{i}.mlp.up.weight": noise(320, 288, seed=i) for i in range(6)}
+    base |= {f"model.layers.{i}.norm.weight": torch.ones(288) for i in range(6)}
+    tuned = {name: tensor + noise(*tensor.shape, seed=99) * 0.1 for name, tensor in base.items()}
+    tuned["model.layers.2.mlp.up.weight"] = base["model.layers.2.mlp.up.weight"]
+    for name in poison:
+        tuned[name] = torch.full_like(tuned[name], math.nan)
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    return tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+
+
+def test_a_batch_gives_what_one_at_a_time_gives(tmp_path, monkeypatch):
+    pair = many(tmp_path, poison=["model.layers.4.mlp.up.weight"])
+    alone = spectra.compare(*pair, progress=False).frame.set_index("name")
+    monkeypatch.setattr(schedule, "_batched", lambda device: True)
+    together = spectra.compare(*pair, progress=False).frame.set_index("name")
+    assert together.status.to_dict() == alone.status.to_dict()
+    assert (alone.status == "nonfinite").sum() == 1
+    assert (alone.status == "unchanged").sum() == 1
+    assert together.route.str.contains("batched").sum() == 4
+    for name in alone.index[alone.status == "ok"]:
+        a, b = alone.singular_values[name], together.singular_values[name]
+        assert np.abs(a - b).max() <= 2 * alone.roundoff[name]  # both within their own certificate
+        assert together.storage_frobenius[name] == pytest.approx(alone.storage_frobenius[name], rel=1e-12)
+
+
+@pytest.mark.usefixtures("batched")
+def test_a_batched_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+    pair = many(tmp_path)
+    monkeypatch.setattr(schedule, "BATCH", 4)
+    whole = spectra.compare(*pair, progress=False).save(tmp_path / "whole").read_bytes()
+    real, sizes = schedule.measured_together, []
+
+    def dies_in_the_second(deltas, records, question):
+        if len(sizes) == 1:
+            raise KeyboardInterrupt
+        sizes.append(len(deltas))
+        return real(deltas, records, question)
+
+    monkeypatch.setattr(schedule, "measured_together", dies_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        spectra.compare(*pair, out=tmp_path / "out", progress=False)
+    monkeypatch.setattr(schedule, "measured_together", real)
+    run = spectra.compare(*pair, out=tmp_path / "out", progress=False)
+    assert sizes == [4]
+    assert run.save(tmp_path / "resumed").read_bytes() == whole

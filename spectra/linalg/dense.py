@@ -10,6 +10,7 @@ Bidiagonal: LAPACK's own route, right to a few ε·σ₁, for float64 matrices a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import scipy.linalg
@@ -83,6 +84,39 @@ def by_gram(matrix: Matrix, *, vectors: bool = False) -> Spectrum:
         left=left,
         right=right,
     )
+
+
+def by_gram_together(matrices: Sequence[Matrix]) -> list[Spectrum]:
+    """`by_gram` of matrices of one shape on one device, as one batched product and one batched eigenproblem.
+
+    An accelerator is filled by many small matrices at once and left idle by one at a time.
+
+    Raises
+    ------
+    MatrixError
+        If their shapes differ, or the eigensolver does not converge for one of them.
+    """
+    if len({matrix.shape for matrix in matrices}) > 1:
+        raise MatrixError(f"a batch takes matrices of one shape, not {sorted({matrix.shape for matrix in matrices})}")
+    stack = torch.stack([matrix.scaled.double() for matrix in matrices])
+    wide = stack if stack.shape[1] <= stack.shape[2] else stack.mT
+    try:
+        squares = torch.linalg.eigvalsh(wide @ wide.mT).flip(-1)  # (batch, p)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch's stubs leave it out
+        raise NoConvergence(f"a batch of {len(matrices)} eigenproblems did not converge: {error}") from error
+    found = squares.clamp_min(0.0).sqrt().cpu().numpy()
+    return [
+        Spectrum(
+            values := np.array(found[i]) * matrix.scale,
+            matrix.shape,
+            matrix.frobenius,
+            Certificate(
+                "Gram matrix in float64, batched",
+                squared_roundoff=gram_roundoff(*matrix.shape) * float(values[0]),
+            ),
+        )
+        for i, matrix in enumerate(matrices)
+    ]
 
 
 def _eigenvalues(gram: torch.Tensor) -> torch.Tensor:
