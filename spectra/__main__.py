@@ -13,6 +13,7 @@ from spectra.version import __version__
 # verb: module, attribute, one line of help (so that listing the verbs loads none of them)
 VERBS = {
     "report": ("spectra.report.__main__", "command", "What fine-tuning did to the weights, as a report."),
+    "train": ("spectra.train.__main__", "command", "Fine-tune a model on texts, by one method or several."),
     "examples": ("spectra.examples", "main", "Print the local path of a real checkpoint or text."),
 }
 

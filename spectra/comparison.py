@@ -365,7 +365,7 @@ def _mismatch_message(base: Checkpoint, tuned: Checkpoint | Adapter, pairing: Pa
     return "\n".join(
         [
             f"only {pairing.matched} of {pairing.total} tensors of {base.ref} and {tuned.ref} match "
-            f"({pairing.share:.0%}, {LEAST_MATCH:.0%} are needed): are they one architecture?",
+            f"({pairing.share:.1%}, {LEAST_MATCH:.0%} are needed): are they one architecture?",
             *shown,
             *more,
             "To compare what does match, add --allow-partial (allow_partial=True)",

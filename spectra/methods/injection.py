@@ -123,12 +123,18 @@ def inject(model: nn.Module, pattern: str, method: Method, *, also: str | None =
     whole = _outermost(_matching(named, also)) if also else []
     if also and not whole:
         raise UsageError(f"also = {also!r} matches no module; {_some(list(named))}")
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
     fit = [name for name in fit if not any(name == w or name.startswith(w + ".") for w in whole)]
     if not fit:
         raise UsageError(f"every module that {pattern!r} matches is trained whole by also = {also!r}")
-    parts = method.attach(model, fit, torch.Generator().manual_seed(seed))
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    try:
+        parts = method.attach(model, fit, torch.Generator().manual_seed(seed))
+    except UsageError:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise
     for name in whole:
         for parameter in named[name].parameters():
             parameter.requires_grad_(True)
