@@ -292,8 +292,8 @@ def _pair_adapter(base: Checkpoint, tuned: Adapter) -> tuple[Pairing, dict[str, 
     pairs += [
         Pair(update.name, None, update.name, "tuned_only", "no tensor of that name in base", "") for update in new
     ]
-    # A module saved whole that the base lacks is new on purpose, a classifier's head for instance; any other tensor that
-    # finds no place in the base says that the adapter is another model's.
+    # A module saved whole that the base lacks is new on purpose, a classifier's head for instance; any other tensor
+    # that finds no place in the base says that the adapter is another model's.
     matched = len(found)
     total = matched + sum(not isinstance(update, ReplacementUpdate) for update in new)
     return Pairing(tuple(pairs), (), matched, total, matched / max(1, total)), found
