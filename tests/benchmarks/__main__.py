@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from spectra.linalg import as_matrix, by_gram, product_spectrum, truncated
+from tests.benchmarks.quantization import qlora_step, quantization
+from tests.benchmarks.steps import lora_step
 from tests.benchmarks.synthetic import make_pair
 from tests.benchmarks.timing import HEADER, Row, in_turn
 
@@ -214,6 +216,9 @@ def main(only: str | None, pair: Path | None) -> None:
             "real": real_pair,
             "large": lambda: large_pair(pair or Path(temporary)),
             "start": start_up,
+            "lora": lora_step,
+            "quantization": quantization,
+            "qlora": qlora_step,
         }
         print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
         print(HEADER, flush=True)

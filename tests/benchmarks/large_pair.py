@@ -30,7 +30,8 @@ def report(base: str, tuned: str) -> dict[str, float]:
     start = time.perf_counter()
     run = spectra.compare(base, tuned, rank=64, progress=False)
     seconds = time.perf_counter() - start
-    found = run.frame.signal_rank_low.fillna(run.frame.signal_rank).dropna()
+    frame = run.frame[["signal_rank_low", "signal_rank"]].astype(float)
+    found = frame.signal_rank_low.fillna(frame.signal_rank).dropna()
     return {"seconds": seconds, "signal_rank": float(found.median())}
 
 
