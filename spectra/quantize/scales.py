@@ -19,6 +19,9 @@ from spectra.quantize.rounding import boundaries
 
 SCALES_A_BLOCK = 256
 
+# Blocks rounded at a time: 24576 scales, which torch does not split over cores (see `spectra.quantize.threads`).
+_BLOCKS_AT_ONCE = 96
+
 # bitsandbytes' CPU build rounds to one of 65536 even steps first and then to the nearest level; so does this.
 _STEPS = 65535
 
@@ -94,13 +97,9 @@ class DoubleScales:
     def of(cls, absmax: torch.Tensor) -> DoubleScales:
         """Quantize (blocks,) float32 scales."""
         offset = absmax.mean()
-        padded = _in_blocks(absmax - offset)
-        largest = padded.abs().amax(1)
-        inverse = torch.where(largest == 0.0, 0.0, 1.0 / largest)
-        step = ((padded * inverse[:, None]).clamp_(-1.0, 1.0) + 1.0) * 0.5 * _STEPS + 0.5
-        codes = _nearest(absmax.device).index_select(0, step.to(torch.int32).flatten())
-        codes = torch.where(largest[:, None] == 0.0, 0, codes.view_as(padded)).to(torch.uint8)
-        return cls(codes.flatten()[: len(absmax)].clone(), largest, offset)
+        pieces = [_rounded(blocks) for blocks in torch.split(_in_blocks(absmax - offset), _BLOCKS_AT_ONCE)]
+        codes = torch.cat([codes for codes, _ in pieces]).flatten()[: len(absmax)]
+        return cls(codes.clone(), torch.cat([largest for _, largest in pieces]), offset)
 
     @property
     def nbytes(self) -> int:
@@ -152,6 +151,15 @@ def _nearest(device: torch.device) -> torch.Tensor:
     """Code nearest to each of the 65536 even steps from −1 to 1, uint8."""
     steps = -1.0 + 2.0 * torch.arange(_STEPS + 1, dtype=torch.float32) / _STEPS
     return torch.bucketize(steps, boundaries(dynamic_map())).to(torch.uint8).to(device)
+
+
+def _rounded(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (blocks, 256) and largest absolute entries (blocks,) of blocks of scales about their mean."""
+    largest = blocks.abs().amax(1)
+    inverse = torch.where(largest == 0.0, 0.0, 1.0 / largest)
+    step = ((blocks * inverse[:, None]).clamp_(-1.0, 1.0) + 1.0) * 0.5 * _STEPS + 0.5
+    codes = _nearest(blocks.device).index_select(0, step.to(torch.int32).flatten()).view_as(blocks)
+    return codes.masked_fill_(largest[:, None] == 0.0, 0), largest
 
 
 def _in_blocks(values: torch.Tensor) -> torch.Tensor:

@@ -158,7 +158,7 @@ def command(**flags: Any) -> int:
       rslora      the same, scaled by 1/sqrt(rank)                 1e-3
       lora-plus   the same, B at 16 times A's rate                 2e-4
       qlora       the same, on a base in 4 bits                    1e-3
-      adalora     the same, ranks by importance                    1e-3
+      adalora     the same, ranks by importance                    2e-3
       glora       the same, weight, bias and input moved           1e-3
       ia3         keys, values, the feed-forward's inside          1e-2
       houlsby     behind attention and feed-forward                1e-3

@@ -100,7 +100,7 @@ def qlora_step() -> Iterator[Row]:
         finally:
             kernels.obstacle = real
 
-    ours, own, theirs = in_turn(with_kernels, alone, _step(rival, batch), rounds=5)
+    ours, own, theirs = in_turn(with_kernels, alone, _step(rival, batch), rounds=9)
     off = abs(ours.result - theirs.result)
     for work, timing, least in (("", ours, 1.0), (", torch alone", own, 1 / 1.5)):
         ratio = theirs.seconds / timing.seconds
