@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from spectra.errors import MatrixError, NonFiniteMatrix
 from spectra.linalg.dense import by_gram_together
@@ -148,9 +151,30 @@ def difference(
     )
 
 
+class _Kept(threading.local):
+    """A worker thread's memory for differences, which it has one of at a time."""
+
+    memory: NDArray[np.uint8] | None = None
+
+
+_KEPT = _Kept()
+
+
 def _fresh(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised memory from NumPy, which asks for huge pages: first touch of torch's own costs five times more."""
-    return torch.from_numpy(np.empty(shape, np.float64 if dtype == torch.float64 else np.float32))
+    """Uninitialised memory; in a worker thread that of its last difference, once nothing holds it.
+
+    The first touch of new pages costs as much as all else that is done to them here. NumPy asks for huge ones, where
+    that is cheaper, but a machine whose memory is full of cached files has few. A main thread lives on after the work
+    and keeps nothing.
+    """
+    kind = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
+    need = math.prod(shape) * kind.itemsize
+    memory = _KEPT.memory
+    if memory is None or memory.nbytes < need or sys.getrefcount(memory) > 3:  # _KEPT, this function and the call
+        memory = np.empty(need, np.uint8)
+        if threading.current_thread() is not threading.main_thread():
+            _KEPT.memory = memory
+    return torch.from_numpy(memory[:need].view(kind).reshape(shape))
 
 
 def _squares(block: torch.Tensor) -> torch.Tensor:

@@ -184,15 +184,18 @@ def _orthonormal_against(new: torch.Tensor, known: torch.Tensor, generator: torc
 
 
 def _cholesky_qr(x: torch.Tensor, least: float) -> torch.Tensor | None:
-    """Orthonormal basis of x by the Cholesky factor of its Gram matrix in float64; None below a pivot of `least`.
+    """Basis of x by the inverse Cholesky factor of its Gram matrix in float64; None below a pivot of `least`.
 
-    A few matrix products (Yamamoto et al., ETNA 44, 2015) for conditions below 10⁶.
+    A few matrix products (Yamamoto et al., ETNA 44, 2015) for conditions below 10⁶. The product with the inverse is
+    taken in x's own precision: done twice, the second time to a basis that is nearly orthonormal, it leaves rounding
+    errors alone.
     """
     x64 = x.double()
     factor, failed = torch.linalg.cholesky_ex(x64.T @ x64)
     if int(failed) or not bool((factor.diagonal() > least).all()):
         return None
-    basis: torch.Tensor = torch.linalg.solve_triangular(factor.T, x64, upper=True, left=False).to(x.dtype)
+    eye = torch.eye(x.shape[1], dtype=torch.float64, device=x.device)
+    basis: torch.Tensor = x @ torch.linalg.solve_triangular(factor.T, eye, upper=True).to(x.dtype)
     return basis
 
 

@@ -25,10 +25,10 @@ def read(base: str, tuned: str) -> dict[str, float]:
 
 def report(base: str, tuned: str) -> dict[str, float]:
     """Compare at rank 64."""
-    import spectra
+    from spectra import compare
 
     start = time.perf_counter()
-    run = spectra.compare(base, tuned, rank=64, progress=False)
+    run = compare(base, tuned, rank=64, progress=False)
     seconds = time.perf_counter() - start
     frame = run.frame[["signal_rank_low", "signal_rank"]].astype(float)
     found = frame.signal_rank_low.fillna(frame.signal_rank).dropna()
