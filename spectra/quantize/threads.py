@@ -44,5 +44,6 @@ def in_threads(work: Callable[[int, int], object], count: int, *, unit: int = 1,
         with torch.inference_mode(inference):
             work(start, min(start + share, count))
 
-    with ThreadPoolExecutor(threads) as pool:
+    # Each on one core: torch's setting is a thread's own.
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(run, range(0, count, share)))
