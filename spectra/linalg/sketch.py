@@ -75,7 +75,7 @@ def truncated(
     generator = torch.Generator().manual_seed(seed)
     blocks = min(blocks, max(1, min(a.shape) // width))
     hidden = 0.0 if math.isnan(storage_floor) else (storage_floor / matrix.scale) ** 2
-    q, w, image, squares, turn = _krylov(a, width, blocks, generator, rank, hidden)
+    q, w, image, squares, turn, taken = _krylov(a, width, blocks, generator, rank, hidden)
     left = q @ turn.to(q.dtype)  # (rows, rank)
     right = w @ turn.to(w.dtype)  # (cols, rank): Aᵀu_i = s_i v_i
     residuals = _residuals(image, left, squares, turn)
@@ -94,7 +94,7 @@ def truncated(
         matrix.shape,
         matrix.frobenius,
         Certificate(
-            method=f"block Lanczos in {dtype}, {w.shape[1] // width} blocks of {width} columns",
+            method=f"block Lanczos in {dtype}, {w.shape[1]} columns in {taken} blocks",
             gap=gap * matrix.scale,
             tail_norm=(float(upper[-1]) + roundoff) * matrix.scale,
             roundoff=roundoff * matrix.scale,
@@ -110,7 +110,7 @@ def truncated(
 
 def _krylov(
     a: torch.Tensor, width: int, blocks: int, generator: torch.Generator, rank: int, hidden: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """Grow the block Krylov space of AAᵀ until the leading values are settled, or for so many blocks.
 
     Returns
@@ -119,21 +119,26 @@ def _krylov(
         Orthonormal basis Q (rows, columns), W = AᵀQ (cols, columns) and AW (rows, columns).
     squares, turn : Tensor of shape (rank,) and (columns, rank), float64
         Ritz values s² and the vectors that turn Q into left singular vectors.
+    taken : int
+        Number of blocks.
     """
     start = torch.randn(a.shape[1], width, generator=generator, dtype=a.dtype).to(a.device)
     rows, cols = a.shape
     q, w, image = (a.new_empty(side, blocks * width) for side in (rows, cols, rows))
-    new = a @ start
+    new, columns = a @ start, 0
     for j in range(blocks):
-        here, so_far = slice(j * width, (j + 1) * width), slice(0, (j + 1) * width)
-        q[:, here] = _orthonormal_against(new, q[:, : j * width], generator)
+        here = slice(columns, columns + new.shape[1])
+        q[:, here] = _orthonormal_against(new, q[:, :columns], generator)
         w[:, here] = (q[:, here].T @ a).T  # a.T @ q costs a seventh more
         new = image[:, here] = a @ w[:, here]
-        if j == blocks - 1 or (j > 0 and hidden > 0.0):
-            squares, turn = _ritz(w[:, so_far], rank)
-            if j == blocks - 1 or _settled(q[:, so_far], image[:, so_far], squares, turn, hidden):
+        columns = here.stop
+        if j == blocks - 1 or hidden > 0.0:
+            squares, turn = _ritz(w[:, :columns], rank)
+            seen = q[:, :columns], image[:, :columns], squares, turn
+            if j == blocks - 1 or (j > 0 and _settled(*seen, hidden)):
                 break
-    return q[:, so_far], w[:, so_far], image[:, so_far], squares, turn
+            new = _unsettled(*seen, hidden)
+    return q[:, :columns], w[:, :columns], image[:, :columns], squares, turn, j + 1
 
 
 def _ritz(w: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,6 +163,19 @@ def _settled(q: torch.Tensor, image: torch.Tensor, squares: torch.Tensor, turn: 
     squares, turn = squares[above], turn[:, above]
     residuals = _residuals(image, q @ turn.to(q.dtype), squares, turn)
     return bool((residuals <= _SETTLED * squares).all())
+
+
+def _unsettled(
+    q: torch.Tensor, image: torch.Tensor, squares: torch.Tensor, turn: torch.Tensor, hidden: float
+) -> torch.Tensor:
+    """Next block where a floor is known: residuals of the Ritz vectors above it, and of a few more.
+
+    They span what a whole block would add for those vectors, in as many columns as there are vectors to refine.
+    """
+    wanted = int((squares > hidden).sum()) + OVERSAMPLE // 2
+    count = min(len(squares), -(-wanted // OVERSAMPLE) * OVERSAMPLE)
+    squares, turn = squares[:count].to(q.dtype), turn[:, :count].to(q.dtype)
+    return torch.nn.functional.normalize(image @ turn - (q @ turn) * squares, dim=0)
 
 
 def _orthonormal_against(new: torch.Tensor, known: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
