@@ -15,7 +15,14 @@ from typing import Any
 import torch
 
 from spectra.checkpoints import Adapter, Checkpoint, TensorInfo, open_checkpoint
-from spectra.checkpoints.adapter import DoraUpdate, LowRankUpdate, RebasedUpdate, ReplacementUpdate, ShiftUpdate
+from spectra.checkpoints.adapter import (
+    DoraUpdate,
+    LowRankUpdate,
+    RebasedUpdate,
+    ReplacementUpdate,
+    RescaleUpdate,
+    ShiftUpdate,
+)
 from spectra.checkpoints.names import Pair, Pairing, pair_names
 from spectra.difference import Difference, RouteChoice, difference, rounding_variance
 from spectra.errors import MatrixError, NonFiniteMatrix, UsageError
@@ -82,7 +89,10 @@ class Delta:
 
 @dataclass(frozen=True)
 class LowRankDelta:
-    """Update scale·B·A of one tensor by an adapter, by reference; never formed for its spectrum."""
+    """Update scale·B·A (AdaLoRA: scale·B·diag(E)·A) of one tensor by an adapter, by reference.
+
+    It is never formed for its spectrum.
+    """
 
     name: str
     base: Checkpoint
@@ -105,7 +115,7 @@ class LowRankDelta:
         return matrix_shape(self.base_info.shape)
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """B (rows, r) and A (r, cols) in their stored dtype, oriented as the base is."""
+        """B (rows, r) and A (r, cols) in their stored dtype, oriented as the base is; of AdaLoRA E is folded in."""
         return self.tuned.factors(self.update)
 
     def difference(self) -> Difference:
@@ -140,9 +150,16 @@ class LowRankDelta:
         )
 
     def _floor(self, b: torch.Tensor, a: torch.Tensor) -> StorageFloor:
-        """Rounding of the stored factors: E = δB·A + B·δA to first order."""
+        """Rounding of the stored factors: δB·A + B·δA to first order, and that of AdaLoRA's diagonal."""
         b_dtype, a_dtype = self.tuned.info(self.update.b).dtype, self.tuned.info(self.update.a).dtype
         noise_b, noise_a = rounding_variance(b, b_dtype), rounding_variance(a, a_dtype)
+        if self.update.e is not None:
+            e = self.tuned[self.update.e].double().flatten()
+            relative = rounding_variance(e, self.tuned.info(self.update.e).dtype) / e.square().clamp_min(1e-300)
+            if self.update.transposed:  # the factor that E is folded into stands on the left
+                noise_b = noise_b + b.square() * relative
+            else:
+                noise_a = noise_a + a.square() * relative[:, None]
         floor_b = storage_floor(noise_b.sum(1).numpy(), noise_b.sum(0).numpy())
         floor_a = storage_floor(noise_a.sum(1).numpy(), noise_a.sum(0).numpy())
         norm_b, norm_a = (float(torch.linalg.matrix_norm(factor, 2)) for factor in (b, a))
@@ -164,12 +181,12 @@ class LowRankDelta:
 
 @dataclass(frozen=True)
 class AdapterDelta:
-    """Update of one tensor by an adapter that is not low rank (DoRA, a shifted bias), by reference."""
+    """Update of one tensor by an adapter that is not low rank (DoRA, IA3, a shifted bias), by reference."""
 
     name: str
     base: Checkpoint
     tuned: Adapter
-    update: DoraUpdate | ShiftUpdate | RebasedUpdate
+    update: DoraUpdate | ShiftUpdate | RescaleUpdate | RebasedUpdate
 
     @property
     def base_info(self) -> TensorInfo:

@@ -1,4 +1,4 @@
-"""`Adapter`: a PEFT LoRA folder as a lazy, picklable mapping, and what it adds to the tensors of its base model."""
+"""`Adapter`: a PEFT folder of LoRA, AdaLoRA or IA3 as a lazy, picklable mapping, and what it does to its base model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from spectra.checkpoints.adapter_updates import (
     LowRankUpdate,
     RebasedUpdate,
     ReplacementUpdate,
+    RescaleUpdate,
     ShiftUpdate,
     Update,
     find_updates,
@@ -34,13 +35,14 @@ __all__ = [
     "Merged",
     "RebasedUpdate",
     "ReplacementUpdate",
+    "RescaleUpdate",
     "ShiftUpdate",
     "Update",
 ]
 
 
 class Adapter(Mapping[str, torch.Tensor]):
-    """Stored tensors of a LoRA adapter by name, its configuration, and its updates of a base model.
+    """Stored tensors of a LoRA, AdaLoRA or IA3 adapter by name, its configuration, and its updates of a base model.
 
     Parameters
     ----------
@@ -83,7 +85,7 @@ class Adapter(Mapping[str, torch.Tensor]):
     def __init__(self, tensors: Checkpoint, config: AdapterConfig) -> None:
         self.config = config
         self._tensors = tensors
-        self._keys = understand_keys(tensors.infos(), source=str(tensors.root))
+        self._keys = understand_keys(tensors.infos(), source=str(tensors.root), peft_type=config.peft_type)
         check_variants(self._keys, config, source=str(tensors.root))
 
     @classmethod
@@ -189,7 +191,9 @@ class Adapter(Mapping[str, torch.Tensor]):
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
-        kind = "DoRA" if self.config.use_dora else "LoRA"
+        if self.config.peft_type == "IA3":
+            return f"<Adapter {self.ref}: IA3 of {len(self._keys.vectors)} modules>"
+        kind = "AdaLoRA" if self.config.peft_type == "ADALORA" else "DoRA" if self.config.use_dora else "LoRA"
         return f"<Adapter {self.ref}: {kind} of {len(self._keys.modules)} modules, rank {self.config.r}>"
 
     def updates(self, base: Mapping[str, TensorInfo]) -> tuple[Update, ...]:
@@ -202,8 +206,9 @@ class Adapter(Mapping[str, torch.Tensor]):
 
         Returns
         -------
-        tuple of LowRankUpdate, DoraUpdate, ReplacementUpdate, ShiftUpdate or RebasedUpdate
-            No two of the same name; every stored tensor has its place in one.
+        tuple of LowRankUpdate, DoraUpdate, ReplacementUpdate, ShiftUpdate, RescaleUpdate or RebasedUpdate
+            No two of the same name; every stored tensor has its place in one, but for empty factors (AdaLoRA may
+            prune a module away) and AdaLoRA's ``ranknum``.
 
         Raises
         ------
@@ -222,9 +227,11 @@ class Adapter(Mapping[str, torch.Tensor]):
         b : torch.Tensor, shape (rows, r)
         a : torch.Tensor, shape (r, columns)
             In their stored dtype, views where the base is transposed. Of a convolution's kernel, columns are the
-            flattened (in, kh, kw).
+            flattened (in, kh, kw). AdaLoRA's are float64, diag(E)·A for A: products of two float32 are exact there.
         """
         a, b = self[update.a].flatten(1), self[update.b].flatten(1)
+        if update.e is not None:
+            a, b = a.double() * self[update.e].double(), b.double()
         return (a.T, b.T) if update.transposed else (b, a)
 
     def delta(self, update: Update, base_tensor: torch.Tensor | None) -> torch.Tensor:
@@ -259,6 +266,8 @@ class Adapter(Mapping[str, torch.Tensor]):
         base = base_tensor.to(dtype)
         if isinstance(update, DoraUpdate):
             return self._renormed(update, base) - base
+        if isinstance(update, RescaleUpdate):
+            return base * (self._factor(update, base) - 1)
         source = self[update.source].to(dtype)
         moved = torch.sub(*_common_rows(source, base, update.name))
         if isinstance(update, ReplacementUpdate):
@@ -277,6 +286,8 @@ class Adapter(Mapping[str, torch.Tensor]):
     def _product(self, update: LowRankUpdate | DoraUpdate, dtype: torch.dtype) -> torch.Tensor:
         """Product scale · B·A as the base stores it, kernels flattened to (out, in·kh·kw)."""
         a, b = self[update.a].to(dtype).flatten(1), self[update.b].to(dtype).flatten(1)
+        if isinstance(update, LowRankUpdate) and update.e is not None:
+            a = a * self[update.e].to(dtype)
         product = (b @ a) * update.scale
         return product.T if update.transposed else product
 
@@ -287,6 +298,12 @@ class Adapter(Mapping[str, torch.Tensor]):
         norms: torch.Tensor = torch.linalg.norm(by_output, dim=1)
         factor = self[update.magnitude].to(base.dtype).flatten() / norms
         return factor * shifted if update.transposed else factor.reshape(-1, *[1] * (base.ndim - 1)) * shifted
+
+    def _factor(self, update: RescaleUpdate, base: torch.Tensor) -> torch.Tensor:
+        """IA3's l, in the dtype of `base`, shaped so that it multiplies along the update's axis."""
+        shape = [1] * base.ndim
+        shape[update.axis] = -1
+        return self[update.source].to(base.dtype).reshape(shape)
 
 
 class Merged(Mapping[str, torch.Tensor]):
@@ -349,6 +366,9 @@ class Merged(Mapping[str, torch.Tensor]):
             return adapter[update.source].to(base.dtype)
         if isinstance(update, DoraUpdate):
             return adapter._renormed(update, base.to(dtype)).to(base.dtype)
+        if isinstance(update, RescaleUpdate):
+            wide = base.to(dtype)
+            return (wide * adapter._factor(update, wide)).to(base.dtype)
         if isinstance(update, ShiftUpdate):
             return (base + adapter[update.source].to(dtype) * update.scale).to(base.dtype)
         delta = adapter._product(update, dtype).reshape(base.shape)
@@ -361,9 +381,10 @@ def _sources(update: Update) -> tuple[str, ...]:
     """Stored tensors that an update reads."""
     if isinstance(update, RebasedUpdate):
         return (update.source, *_sources(update.update))
-    if isinstance(update, ReplacementUpdate | ShiftUpdate):
+    if isinstance(update, ReplacementUpdate | ShiftUpdate | RescaleUpdate):
         return (update.source,)
-    return (update.a, update.b, *((update.magnitude,) if isinstance(update, DoraUpdate) else ()))
+    third = update.magnitude if isinstance(update, DoraUpdate) else update.e
+    return (update.a, update.b, *(() if third is None else (third,)))
 
 
 def _common_rows(source: torch.Tensor, base: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:

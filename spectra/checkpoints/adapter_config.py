@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ CONFIG_LIMIT = 10_000_000
 
 # PEFT's ranks are small; the bound only keeps a stranger's integer inside a float.
 _LARGEST_RANK = 2**31
+# PEFT divides AdaLoRA's α by r + 1e-5, so that a module of rank 0 does not divide by zero.
+_NO_ZERO = 1e-5
+READ_TYPES = ("LORA", "ADALORA", "IA3")
 _MERGE = "merge it with peft (merge_and_unload), save the model, and compare that folder"
 
 # Fields that change what the factors mean, with the name people know each by.
@@ -30,32 +33,48 @@ _REFUSED_FIELDS = {
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA, which truncates the base weights",
 }
+# Types whose parts act on activations, with the name people know each by.
+_ACTIVATION_TYPES = {
+    "PREFIX_TUNING": "prefix tuning",
+    "PROMPT_TUNING": "prompt tuning",
+    "P_TUNING": "p-tuning",
+    "MULTITASK_PROMPT_TUNING": "multitask prompt tuning",
+    "ADAPTION_PROMPT": "LLaMA-Adapter",
+    "SPECTRA_HOULSBY": "Houlsby's adapters",
+}
+# Types of this package that PEFT has not, with where the weights that they lead to are found.
+_WHOLE_MODELS = {
+    "SPECTRA_GLORA": "GLoRA's support tensors have no reader here; compare the merged model in the folder's merged/",
+    "SPECTRA_FULLFINETUNE": "full fine-tuning stores weights, not updates; load it with spectra.methods.load_adapter, "
+    "save the model, and compare that folder",
+}
 # Ways to begin that move part of the base weights into the factors: the stored factors belong to other base weights.
 _MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Fields of a LoRA adapter's ``adapter_config.json`` that its reader needs.
+    """Fields of an adapter's ``adapter_config.json`` that its reader needs: of LoRA, AdaLoRA or IA3.
 
     Attributes
     ----------
     source : str
         The file, for messages.
     peft_type : str
-        ``"LORA"``.
+        ``"LORA"``, ``"ADALORA"`` or ``"IA3"``.
     base_model : str or None
         ``base_model_name_or_path``: a hub id or a folder.
     base_revision : str or None
         ``revision`` of the base model.
     r, lora_alpha : int, float
-        Rank, and the numerator of the scale.
+        Rank, and the numerator of the scale. Of AdaLoRA the rank before pruning (``init_r``), which the scale keeps.
     use_rslora, use_dora, fan_in_fan_out, lora_bias : bool
         As in PEFT.
     bias : str
         ``"none"``, ``"all"`` or ``"lora_only"``: which biases were trained.
     rank_pattern, alpha_pattern : dict
-        Ranks and alphas of single modules, by pattern of their names.
+        Ranks and alphas of single modules, by pattern of their names; LoRA's alone (AdaLoRA's ``rank_pattern`` says
+        which triplets are left, and the factors' shapes say it too).
     modules_to_save : tuple of str
         Modules that were trained whole.
     target_modules : tuple of str, str or None
@@ -92,7 +111,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class Scales:
-    """Rank and scale of each module of an adapter: α/r, or α/√r (rank-stabilised).
+    """Rank and scale of each module of an adapter: α/r, α/√r (rank-stabilised), or α/(r + 1e-5) (AdaLoRA in PEFT).
 
     Examples
     --------
@@ -116,10 +135,12 @@ class Scales:
         return int(self.ranks.find(module) or self.config.r)
 
     def scale(self, module: str) -> float:
-        """Factor in front of B·A."""
+        """Factor in front of B·A, or of B·diag(E)·A."""
         found = self.alphas.find(module)
         alpha = self.config.lora_alpha if found is None else found
         rank = self.rank(module)
+        if self.config.peft_type == "ADALORA":
+            return alpha / (rank + _NO_ZERO)
         return alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank
 
 
@@ -131,7 +152,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     UnsafeCheckpoint
         Over 10 MB, malformed, or a field is of the wrong type or out of range.
     UnsupportedFormat
-        Another method than LoRA, or a variant that has no reader here.
+        Another method than LoRA, AdaLoRA or IA3, or a variant that has no reader here.
     CheckpointNotFound, CheckpointError
         The file is missing or cannot be read.
     """
@@ -152,30 +173,40 @@ def parse_adapter_config(fields: Mapping[str, Any], *, source: str) -> AdapterCo
     16.0
     """
     reader = _Fields(fields, source)
-    _refuse_other_methods(reader)
-    bias = reader.text("bias") or "none"
+    kind = _method(reader)
+    bias = (reader.text("bias") if kind != "IA3" else None) or "none"
     if bias not in {"none", "all", "lora_only"}:
         raise UnsafeCheckpoint(f'{source}: bias is {shown(bias)}, not "none", "all" or "lora_only"')
-    return AdapterConfig(
+    common = AdapterConfig(
         source=source,
+        peft_type=kind,
         base_model=reader.text("base_model_name_or_path"),
         base_revision=reader.text("revision"),
+        fan_in_fan_out=reader.flag("fan_in_fan_out"),
+        bias=bias,
+        modules_to_save=reader.names("modules_to_save"),
+        target_modules=_target_modules(reader),
+        task_type=reader.text("task_type"),
+    )
+    if kind == "IA3":
+        return common
+    if kind == "ADALORA":
+        # PEFT takes the rank itself where alpha is not positive.
+        rank, alpha = reader.rank("init_r", 12), reader.number("lora_alpha", 8.0)
+        return replace(common, r=rank, lora_alpha=alpha if alpha > 0 else float(rank))
+    return replace(
+        common,
         r=reader.rank("r", 8),
         lora_alpha=reader.number("lora_alpha", 8.0),
         use_rslora=reader.flag("use_rslora"),
         use_dora=reader.flag("use_dora"),
-        fan_in_fan_out=reader.flag("fan_in_fan_out"),
         lora_bias=reader.flag("lora_bias"),
-        bias=bias,
         rank_pattern={
             key: reader.as_rank(value, f"rank_pattern[{shown(key)}]") for key, value in reader.table("rank_pattern")
         },
         alpha_pattern={
             key: reader.as_number(value, f"alpha_pattern[{shown(key)}]") for key, value in reader.table("alpha_pattern")
         },
-        modules_to_save=reader.names("modules_to_save"),
-        target_modules=_target_modules(reader),
-        task_type=reader.text("task_type"),
     )
 
 
@@ -186,11 +217,20 @@ def _target_modules(reader: _Fields) -> tuple[str, ...] | str | None:
     return reader.names("target_modules")
 
 
-def _refuse_other_methods(reader: _Fields) -> None:
+def _method(reader: _Fields) -> str:
+    """Give the type of adapter, in capitals, where it has a reader and its variant has one."""
     method = reader.text("peft_type")
     if method is None:
         raise UnsupportedFormat(f'{reader.source} names no peft_type; a LoRA adapter of PEFT says "LORA"')
-    if method.upper() != "LORA":
+    kind = method.upper()
+    if kind in _WHOLE_MODELS:
+        raise UnsupportedFormat(f"{reader.source}: {_WHOLE_MODELS[kind]}")
+    if kind in _ACTIVATION_TYPES:
+        raise UnsupportedFormat(
+            f"{reader.source}: {_ACTIVATION_TYPES[kind]} ({shown(method)}) acts on activations and has no weight "
+            "update, so there is nothing to compare with the base model"
+        )
+    if kind not in READ_TYPES:
         raise UnsupportedFormat(f"{reader.source}: {shown(method)} adapters have no reader here; {_MERGE}")
     for name, words in _REFUSED_FIELDS.items():
         if reader.fields.get(name):
@@ -201,6 +241,7 @@ def _refuse_other_methods(reader: _Fields) -> None:
             f"{reader.source}: factors that began as {shown(start)} belong to changed base weights; save the adapter "
             f"with path_initial_model_for_weight_conversion, or {_MERGE}"
         )
+    return kind
 
 
 class _Fields:

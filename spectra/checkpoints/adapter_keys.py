@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spectra.checkpoints.adapter_config import AdapterConfig
 from spectra.checkpoints.checkpoint import listed
 from spectra.errors import MismatchError, UnsafeCheckpoint, UnsupportedFormat
 
-# Segment that marks a tensor of LoRA, and the endings that it may have (an adapter's name may stand before them).
-_ENDINGS = {
-    "lora_A": ("weight",),
-    "lora_B": ("weight", "bias"),
-    "lora_embedding_A": ("",),
-    "lora_embedding_B": ("",),
-    "lora_magnitude_vector": ("", "weight"),
+# Segment that marks a tensor of each method, and the endings that it may have (an adapter's name may stand before
+# them). AdaLoRA's ranknum is the rank before pruning, which the configuration gives: PEFT does not read it either.
+_ENDINGS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "LORA": {
+        "lora_A": ("weight",),
+        "lora_B": ("weight", "bias"),
+        "lora_embedding_A": ("",),
+        "lora_embedding_B": ("",),
+        "lora_magnitude_vector": ("", "weight"),
+    },
+    "ADALORA": {"lora_A": ("",), "lora_E": ("",), "lora_B": ("",), "ranknum": ("",)},
+    "IA3": {"ia3_l": ("",)},
 }
+_MARKERS = frozenset(marker for endings in _ENDINGS.values() for marker in endings)
 # Beginnings of segments that other methods put into their keys.
 _OTHER_METHODS = {
     "hada_": "LoHa",
@@ -40,7 +46,7 @@ _OTHER_METHODS = {
 
 @dataclass(frozen=True)
 class ModuleKeys:
-    """Stored names of one module's LoRA tensors.
+    """Stored names of one module's tensors of LoRA or AdaLoRA.
 
     Attributes
     ----------
@@ -52,6 +58,8 @@ class ModuleKeys:
         DoRA's magnitudes.
     bias : str or None
         The bias of B.
+    e : str or None
+        AdaLoRA's diagonal between the factors.
     """
 
     a: str
@@ -59,17 +67,29 @@ class ModuleKeys:
     embedding: bool
     magnitude: str | None = None
     bias: str | None = None
+    e: str | None = None
 
 
 @dataclass(frozen=True)
 class AdapterKeys:
-    """All keys of an adapter, understood: LoRA modules by path, and tensors that are stored whole by name."""
+    """All keys of an adapter, understood.
+
+    Attributes
+    ----------
+    modules : mapping of str to ModuleKeys
+        Modules with factors, by path.
+    whole : mapping of str to str
+        Tensors that are stored whole, by name.
+    vectors : mapping of str to str
+        IA3's rescaling vectors, by path of the module.
+    """
 
     modules: Mapping[str, ModuleKeys]
     whole: Mapping[str, str]
+    vectors: Mapping[str, str] = field(default_factory=dict)
 
 
-def understand_keys(names: Iterable[str], *, source: str) -> AdapterKeys:
+def understand_keys(names: Iterable[str], *, source: str, peft_type: str = "LORA") -> AdapterKeys:
     """Sort the keys of an adapter file.
 
     Parameters
@@ -78,6 +98,8 @@ def understand_keys(names: Iterable[str], *, source: str) -> AdapterKeys:
         Stored names, such as ``base_model.model.h.0.attn.lora_A.weight``.
     source : str
         The file, for messages.
+    peft_type : str
+        ``"LORA"``, ``"ADALORA"`` or ``"IA3"``, as the configuration says.
 
     Returns
     -------
@@ -104,12 +126,12 @@ def understand_keys(names: Iterable[str], *, source: str) -> AdapterKeys:
     adapters: set[str] = set()
     unknown: list[str] = []
     for name in names:
-        _refuse_other_method(name, source)
+        _refuse_other_method(name, source, peft_type)
         path, marker, tail = _split(name)
         if marker is None:
             _put(whole, _without_wrapper(path), name, source)
             continue
-        ending = _ending(marker, tail)
+        ending = _ending(_ENDINGS[peft_type].get(marker, ()), tail)
         if ending is None or not path:
             unknown.append(name)
             continue
@@ -123,7 +145,10 @@ def understand_keys(names: Iterable[str], *, source: str) -> AdapterKeys:
         )
     if len(adapters) > 1:
         raise UnsupportedFormat(f"{source} holds several adapters ({listed(sorted(adapters))}); save one a folder")
-    return AdapterKeys({path: _module(path, found, source) for path, found in parts.items()}, whole)
+    if peft_type == "IA3":
+        return AdapterKeys({}, whole, {path: found["ia3_l"] for path, found in parts.items()})
+    adaptive = peft_type == "ADALORA"
+    return AdapterKeys({path: _module(path, found, source, adaptive) for path, found in parts.items()}, whole)
 
 
 def check_variants(keys: AdapterKeys, config: AdapterConfig, *, source: str) -> None:
@@ -147,23 +172,29 @@ def _split(name: str) -> tuple[str, str | None, list[str]]:
     """(path, marker, what follows it); without a marker the whole name is the path."""
     bare = name.removeprefix("base_model.model.")
     segments = bare.split(".")
-    at = [i for i, segment in enumerate(segments) if segment in _ENDINGS]
+    at = [i for i, segment in enumerate(segments) if segment in _MARKERS]
     if not at:
         return bare, None, []
     return ".".join(segments[: at[-1]]), segments[at[-1]], segments[at[-1] + 1 :]
 
 
-def _ending(marker: str, tail: list[str]) -> str | None:
-    """Last part of a LoRA key, with at most an adapter's name before it; None where it is not one of PEFT's."""
-    endings = _ENDINGS[marker]
+def _ending(endings: tuple[str, ...], tail: list[str]) -> str | None:
+    """Last part of a key, with at most an adapter's name before it; None where it is not one of PEFT's."""
     if tail and tail[-1] in endings and len(tail) <= 2:
         return tail[-1]
     return "" if "" in endings and len(tail) <= 1 else None
 
 
-def _refuse_other_method(name: str, source: str) -> None:
+def _refuse_other_method(name: str, source: str, peft_type: str) -> None:
     for segment in name.split("."):
+        if segment in _ENDINGS[peft_type]:
+            continue
         for beginning, method in _OTHER_METHODS.items():
+            if segment in _MARKERS and segment.startswith(beginning):
+                raise UnsupportedFormat(
+                    f"{source}: {listed([name])} is a key of {method}, but adapter_config.json says {peft_type}; "
+                    "give the configuration that the tensors were saved with"
+                )
             if segment.startswith(beginning):
                 raise UnsupportedFormat(
                     f"{source}: {listed([name])} is a key of {method}, which has no reader here; merge the adapter "
@@ -186,11 +217,14 @@ def _put(table: dict[str, str], key: str, name: str, source: str) -> None:
     table[key] = name
 
 
-def _module(path: str, found: Mapping[str, str], source: str) -> ModuleKeys:
+def _module(path: str, found: Mapping[str, str], source: str, adaptive: bool) -> ModuleKeys:
     plain = found.get("lora_A"), found.get("lora_B")
     embedding = found.get("lora_embedding_A"), found.get("lora_embedding_B")
     a, b = plain if any(plain) else embedding
     if a is None or b is None or (any(plain) and any(embedding)):
         held = listed(sorted(found.values()))
         raise MismatchError(f"{source}: module {listed([path])} needs one lora_A and one lora_B, but holds {held}")
-    return ModuleKeys(a, b, any(embedding), found.get("lora_magnitude_vector"), found.get("lora_B.bias"))
+    e = found.get("lora_E")
+    if adaptive and e is None:
+        raise MismatchError(f"{source}: module {listed([path])} needs a lora_E between its factors, but has none")
+    return ModuleKeys(a, b, any(embedding), found.get("lora_magnitude_vector"), found.get("lora_B.bias"), e)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """ΔW = scale · B·A, or its transpose where the base stores (in, out).
+    """ΔW = scale · B·A, of AdaLoRA scale · B·diag(E)·A, or its transpose where the base stores (in, out).
 
     Attributes
     ----------
@@ -30,9 +30,15 @@ class LowRankUpdate:
         Stored names of A (r, in) and B (out, r); of an embedding's A (r, rows) and B (columns, r). Kernels of a
         convolution are meant flattened to (r, in·kh·kw) and (out, r).
     scale : float
-        α/r or α/√r.
+        α/r or α/√r; of AdaLoRA α/(r + 1e-5), r the rank before pruning.
     transposed : bool
         Whether the base stores (in, out): Conv1D, fan-in-fan-out, and every embedding.
+    e : str or None
+        Stored name of AdaLoRA's diagonal E (r, 1).
+
+    References
+    ----------
+    .. [1] Q. Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR 2023, eq. (3).
     """
 
     name: str
@@ -40,6 +46,7 @@ class LowRankUpdate:
     b: str
     scale: float
     transposed: bool
+    e: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,30 @@ class ShiftUpdate:
 
 
 @dataclass(frozen=True)
+class RescaleUpdate:
+    """IA3: ΔW = W ⊙ (l − 1), l along one axis of the tensor as the base stores it; not of low rank.
+
+    Attributes
+    ----------
+    name : str
+        Tensor of the base model: a weight, or the bias of a module whose outputs are rescaled.
+    source : str
+        Stored name of l, (out, 1) or (1, in).
+    axis : int
+        Axis of the base's tensor that l runs along.
+
+    References
+    ----------
+    .. [1] H. Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
+       NeurIPS 2022, section 3.3.
+    """
+
+    name: str
+    source: str
+    axis: int
+
+
+@dataclass(frozen=True)
 class RebasedUpdate:
     """A tensor that was stored whole and is updated too (PEFT saves an embedding that LoRA targets).
 
@@ -88,12 +119,12 @@ class RebasedUpdate:
 
     name: str
     source: str
-    update: LowRankUpdate | DoraUpdate | ShiftUpdate
+    update: LowRankUpdate | DoraUpdate | ShiftUpdate | RescaleUpdate
 
 
 _Value = TypeVar("_Value")
 
-Update = LowRankUpdate | DoraUpdate | ReplacementUpdate | ShiftUpdate | RebasedUpdate
+Update = LowRankUpdate | DoraUpdate | ReplacementUpdate | ShiftUpdate | RescaleUpdate | RebasedUpdate
 
 
 def find_updates(
@@ -121,13 +152,18 @@ def find_updates(
         Shapes do not fit each other, the rank that the configuration gives, or the base; or the base has no tensor
         for a target.
     UnsupportedFormat
+        IA3 on a convolution, or by a vector of one number.
         The base stacks a targeted expert, two updates would act on one tensor, factors are no floats, or a tensor
         stored whole has no place in the base and is no module to save.
     """
     scales = config.scales()
-    implied: dict[str, TensorInfo] = {}
+    shapes = _shapes_by_name(keys, base)
+    implied = _rescaled(keys.vectors, infos, shapes, source)
     for path, module in keys.modules.items():
         shape = _update_shape(path, module, infos, scales.rank(path), source)
+        kernel = shapes.get(f"{path}.weight", ())[1:]
+        if len(kernel) > 1 and prod(kernel) == shape[1]:  # AdaLoRA's factors know it flattened
+            shape = (shape[0], *kernel)
         implied[f"{path}.weight"] = TensorInfo(f"{path}.weight", infos[module.b].dtype, shape, "", 0)
         if module.bias is not None:
             _check_bias(module.bias, infos, shape, source)
@@ -138,7 +174,7 @@ def find_updates(
     evidence = _orientation(places, keys)
     updates: dict[str, Update] = {}
 
-    def add(wanted: str, update: LowRankUpdate | DoraUpdate | ShiftUpdate) -> None:
+    def add(wanted: str, update: LowRankUpdate | DoraUpdate | ShiftUpdate | RescaleUpdate) -> None:
         stored_whole = whole.pop(canonical_name(wanted), None)
         _add(updates, RebasedUpdate(update.name, stored_whole, update) if stored_whole else update, source)
 
@@ -147,10 +183,18 @@ def find_updates(
         transposed = module.embedding or _is_transposed(weight, places, evidence, config)
         update = _factored(module, weight.base or "", scales.scale(path), transposed)
         _check_magnitude(module, infos, update, places, source)
-        add(f"{path}.weight", update)
+        if infos[module.b].shape[1]:  # AdaLoRA may have pruned a module away
+            add(f"{path}.weight", update)
         if module.bias is not None:
             bias = places.target(f"{path}.bias").base or ""
             add(f"{path}.bias", ShiftUpdate(bias, module.bias, scales.scale(path)))
+    for path, vector in keys.vectors.items():
+        weight = places.target(f"{path}.weight")
+        rows = infos[vector].shape[1] == 1
+        axis = int(rows == _is_transposed(weight, places, evidence, config))
+        add(f"{path}.weight", RescaleUpdate(weight.base or "", vector, axis))
+        if f"{path}.bias" in implied:
+            add(f"{path}.bias", RescaleUpdate(places.target(f"{path}.bias").base or "", vector, 0))
     for name, stored in whole.items():
         _add(updates, ReplacementUpdate(places.whole(name, config), stored), source)
     return tuple(updates.values())
@@ -166,6 +210,45 @@ def _by_canonical_name(table: Mapping[str, _Value], source: str) -> dict[str, _V
     return found
 
 
+def _shapes_by_name(keys: AdapterKeys, base: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    """Shapes in the base of weights and biases whose own shape the adapter's tensors do not tell, found by name."""
+    paths = [*keys.vectors, *(path for path, module in keys.modules.items() if module.e is not None)]
+    if not paths:
+        return {}
+
+    def alike(names: Iterable[str]) -> dict[str, TensorInfo]:
+        return {name: TensorInfo(name, "F32", (1,), "", 0) for name in names}
+
+    wanted = {canonical_name(f"{path}.{end}"): f"{path}.{end}" for path in paths for end in ("weight", "bias")}
+    pairs = pair_names(alike(base), alike(wanted)).pairs
+    return {wanted[p.tuned]: base[p.base].shape for p in pairs if p.base is not None and p.tuned is not None}
+
+
+def _rescaled(
+    vectors: Mapping[str, str], infos: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]], source: str
+) -> dict[str, TensorInfo]:
+    """Weights (out, in) and biases that IA3's vectors rescale; the side that a vector does not tell is the base's."""
+    found: dict[str, TensorInfo] = {}
+    for path, name in vectors.items():
+        info, weight = infos[name], f"{path}.weight"
+        _check_floats((info,), source)
+        size, stored = prod(info.shape), shapes.get(weight, (0, 0))
+        if len(info.shape) > 2 or len(stored) > 2 or size == 1:
+            raise UnsupportedFormat(
+                f"{source}: {shown(name)} {info.shape} rescales {shown(weight)} {stored}, and does not tell whether "
+                "by input or by output; merge the adapter with peft (merge_and_unload), save the model, and compare "
+                "that folder"
+            )
+        if len(info.shape) != 2 or 1 not in info.shape or size == 0 or len(stored) != 2:
+            raise MismatchError(f"{source}: {shown(name)} {info.shape} does not rescale {shown(weight)} {stored}")
+        rows = info.shape[1] == 1
+        out, inner = stored if size == stored[not rows] else stored[::-1]
+        found[weight] = replace(info, name=weight, shape=(size, inner) if rows else (out, size))
+        if rows and f"{path}.bias" in shapes:
+            found[f"{path}.bias"] = replace(info, name=f"{path}.bias", shape=(size,))
+    return found
+
+
 def _update_shape(
     path: str, module: ModuleKeys, infos: Mapping[str, TensorInfo], rank: int, source: str
 ) -> tuple[int, ...]:
@@ -174,9 +257,14 @@ def _update_shape(
     _check_floats((a, b), source)
     shapes = f"{shown(module.a)} {a.shape}, {shown(module.b)} {b.shape}"
     flat = len(a.shape) == len(b.shape) >= 2 and prod(b.shape[2:]) == 1 and (len(a.shape) == 2 or not module.embedding)
-    if not flat or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
+    if module.e is not None:
+        e = infos[module.e]
+        _check_floats((e,), source)
+        flat, shapes = flat and e.shape == (a.shape[0], 1), f"{shapes}, {shown(module.e)} {e.shape}"
+    pruned = module.e is not None and flat and a.shape[0] == 0
+    if not flat or a.shape[0] != b.shape[1] or 0 in (*a.shape[pruned:], *b.shape[: len(b.shape) - pruned]):
         raise MismatchError(f"{source}: factors of {shown(path)} do not fit each other: {shapes}")
-    if a.shape[0] != rank:
+    if a.shape[0] > rank if module.e is not None else a.shape[0] != rank:
         raise MismatchError(
             f"{source}: adapter_config.json gives {shown(path)} rank {rank}, its factors have {a.shape[0]}: {shapes}"
         )
@@ -219,7 +307,7 @@ def _check_magnitude(
 
 def _factored(module: ModuleKeys, name: str, scale: float, transposed: bool) -> LowRankUpdate | DoraUpdate:
     if module.magnitude is None:
-        return LowRankUpdate(name, module.a, module.b, scale, transposed)
+        return LowRankUpdate(name, module.a, module.b, scale, transposed, module.e)
     return DoraUpdate(name, module.a, module.b, module.magnitude, scale, transposed)
 
 
@@ -308,9 +396,10 @@ def _orientation(places: _Places, keys: AdapterKeys) -> bool | None:
     field tells of the head. Heads and embeddings are no evidence.
     """
     seen = set()
-    for path, module in keys.modules.items():
+    embeddings = {path for path, module in keys.modules.items() if module.embedding}
+    for path in (*keys.modules, *keys.vectors):
         name = f"{path}.weight"
-        if module.embedding or is_table(name):
+        if path in embeddings or is_table(name):
             continue
         shape = places.base[places.target(name).base or ""].shape
         if len(shape) == 2 and shape[0] != shape[1]:

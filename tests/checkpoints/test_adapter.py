@@ -209,7 +209,7 @@ BASE = {"layers.0.q.weight": TensorInfo("layers.0.q.weight", "F32", (6, 5), "", 
             {f"{Q}.lora_A.one.weight": random_tensor(2, 5), f"{Q}.lora_B.two.weight": random_tensor(6, 2)}, {},
             UnsupportedFormat, "several adapters",
         ),
-        (factors(), {"peft_type": "ADALORA"}, UnsupportedFormat, "ADALORA.*merge_and_unload"),
+        (factors(), {"peft_type": "LOHA"}, UnsupportedFormat, "LOHA.*merge_and_unload"),
         (factors(), {"peft_type": None}, UnsupportedFormat, "peft_type"),
         (factors(), {"init_lora_weights": "pissa_niter_4"}, UnsupportedFormat, "pissa"),
         (factors(), {"target_parameters": ["w"]}, UnsupportedFormat, "target_parameters"),
@@ -292,7 +292,7 @@ def test_no_pattern_hangs(pattern: str) -> None:
 VALUES: list[Any] = [
     None, True, False, 0, 1, 2, -1, 10**40, 2.5, 1e308, float("nan"), float("inf"), "", "LORA", "lora", "IA3", "all",
     "pissa", [], ["q"], [1], [[]], {}, {"q": 2}, {"q": "x"}, {"(a+)+": 2}, {"[": 1}, {"": 2}, {"q|": 4}, {"^q$": 2},
-    {"\ud800": 2}, "x" * 5000,
+    {"\ud800": 2}, "x" * 5000, "ADALORA",
 ]  # fmt: skip
 FIELDS = [
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias",
@@ -301,7 +301,7 @@ FIELDS = [
 PIECES = [
     "base_model", "model", "layers", "0", "q", "experts", "lm_head", "embed_tokens", "module", "base_layer", "default",
     "modules_to_save", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "weight",
-    "bias", "", "hada_w1_a", "\u202e", "a" * 3000, "lora_E", "original_module",
+    "bias", "", "hada_w1_a", "\u202e", "a" * 3000, "lora_E", "original_module", "ia3_l", "ranknum",
 ]  # fmt: skip
 
 
@@ -321,7 +321,7 @@ def fuzz(cases: int, *, seed: int) -> dict[str, int]:
         try:
             config = parse_adapter_config(parse_object(data, "fuzz", unique=False), source="fuzz")
             infos, base = _random_keys(chance), _random_base(chance)
-            keys = understand_keys(infos, source="fuzz")
+            keys = understand_keys(infos, source="fuzz", peft_type=config.peft_type)
             check_variants(keys, config, source="fuzz")
             updates = find_updates(keys, config, infos, base, source="fuzz")
             assert len({update.name for update in updates}) == len(updates)
