@@ -127,7 +127,7 @@ class TensorRow:
 
     @property
     def factored(self) -> bool:
-        """Whether it is a product of two thin factors, so that its rank was fixed before training."""
+        """Whether it is a product of two thin factors, whose training limits its rank."""
         return self.analysed and self.route.startswith("factors")
 
     @property

@@ -156,7 +156,7 @@ def _spikes(subject: _Subject) -> float:
 def _fixed_rank(subject: _Subject) -> str:
     held = Interval(min(r.count for r in subject.rows), max(r.count for r in subject.rows))
     return (
-        f"the adapter could hold at most {span(held)} directions in a matrix, a limit set before training, so this "
+        f"the adapter could hold at most {span(held)} directions in a matrix, a limit that its training set, so this "
         "says how much of its budget it used and nothing on whether a low rank was enough"
     )
 
