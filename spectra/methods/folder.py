@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -190,6 +191,7 @@ def _write(folder: Path, config: Mapping[str, Any], tensors: dict[str, torch.Ten
             path.unlink(missing_ok=True)  # left by a run that was killed
         partial[0].write_text(text, "utf-8")
         save_file(tensors, partial[1], metadata={"format": "pt"})
+        shutil.copymode(partial[0], partial[1])  # safetensors makes files that their owner alone may read
         for path in partial:
             _to_disk(path)
         final[0].unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,8 +55,11 @@ class Injection:
 
     @property
     def total(self) -> int:
-        """Number of scalars in the model, the method's own included."""
-        return sum(p.numel() for p in self.model.parameters())
+        """Number of scalars in the model, the method's own included; weights held as codes count by their entries."""
+        bases: list[Any] = [getattr(part, "base", None) for part in self.parts.values()]
+        coded = [base for base in bases if base is not None and not isinstance(base.weight, nn.Parameter)]
+        held = sum(p.numel() for p in self.model.parameters())
+        return held + sum(int(base.in_features * base.out_features) for base in coded)
 
     def weight_parts(self) -> dict[str, WeightMethod]:
         """Parts that change a weight by a matrix."""

@@ -49,8 +49,7 @@ class TrainConfig:
     learning_rate : float
         At the top of the schedule.
     optimizer : {"adamw", "sgd", "paged_adamw"}
-        ``"paged_adamw"`` keeps its states in memory that CUDA pages out, through bitsandbytes; without CUDA it is
-        ``"adamw"``.
+        ``"paged_adamw"`` keeps its states in memory that CUDA pages out, through bitsandbytes; it needs CUDA.
     weight_decay : float
         Decoupled decay of matrices; biases, norms and other vectors are left alone.
     momentum : float

@@ -255,7 +255,7 @@ def _record(
 ) -> dict[str, Any]:
     lines = [json.loads(line) for line in (Path(str(plan.config.out)) / metrics.NAME).read_text().splitlines()]
     losses = [line["loss"] for line in lines]
-    total = injection.total + _quantized(injection)
+    total = injection.total
     states = counts.OPTIMIZER_BYTES["sgd_momentum" if plan.config.momentum else plan.config.optimizer]
     return {
         "schema": SCHEMA,
@@ -293,13 +293,6 @@ def _record(
         "asked": plan.asked(),
         "versions": output.versions(),
     }
-
-
-def _quantized(injection: Injection) -> int:
-    """Weights that are held as codes, and so are no parameters that torch would count."""
-    bases: list[Any] = [getattr(part, "base", None) for part in injection.parts.values()]
-    held = [base for base in bases if base is not None and not isinstance(getattr(base, "weight", None), nn.Parameter)]
-    return sum(base.in_features * base.out_features for base in held)
 
 
 def _scalars(method: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import torch
 
 from spectra.linalg import as_matrix, by_bidiagonal, truncated
 from spectra.linalg import sketch as module
+from spectra.theory.bounds import block_lanczos_factor
 from tests.planted import planted
 
 
@@ -63,6 +64,29 @@ def test_tail_bound_holds_for_every_start():
     left = torch.eye(300, dtype=torch.float64)[:, 100:116]
     for seed in range(50):
         assert module.tail_norm(a, left, torch.Generator().manual_seed(seed)) >= 1.0
+
+
+def test_the_tail_factor_fails_as_often_as_it_says_and_no_more():
+    """One step from one vector on a matrix of rank one sees the cosine alone: there the bound is an equality."""
+    dimension, probability, trials = 40, 0.1, 20000
+    starts = np.random.default_rng(0).standard_normal((trials, dimension))
+    seen = np.abs(starts[:, 0]) / np.linalg.norm(starts, axis=1)
+    failures = np.mean(seen * block_lanczos_factor(dimension, 1, 1, probability) < 1.0)
+    assert failures == pytest.approx(probability, abs=4 * (probability * (1 - probability) / trials) ** 0.5)
+
+
+@pytest.mark.parametrize(("width", "blocks"), [(1, 4), (2, 3), (4, 2)])
+def test_the_tail_factor_holds_on_a_spectrum_with_company(width, blocks):
+    """Values up to nine tenths of the largest: the estimate falls short always, past the factor as rarely as told."""
+    values, probability = np.append(1.0, np.linspace(0.0, 0.9, 119)), 0.05
+    rng, short = np.random.default_rng(1), []
+    for _ in range(400):
+        start = rng.standard_normal((120, width))
+        space = np.linalg.qr(np.hstack([values[:, None] ** (2 * j) * start for j in range(blocks)]))[0]
+        short.append(np.linalg.norm(values[:, None] * space, 2))
+    factor = block_lanczos_factor(120, width, blocks, probability)
+    assert np.max(short) < 1.0
+    assert np.mean(np.array(short) * factor < 1.0) <= probability + 3 * (probability / 400) ** 0.5
 
 
 def test_vectors_are_orthonormal_and_aligned():

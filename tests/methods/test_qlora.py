@@ -196,3 +196,10 @@ def test_peft_config():
     assert config["fan_in_fan_out"] is True
     assert config["init_lora_weights"] == "loftq"
     assert config["target_modules"] == ["c_attn"]
+
+
+def test_weights_held_as_codes_are_counted():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 3))
+    before = sum(p.numel() for p in model.parameters())
+    injection = inject(model, "^0$", QLoRA(rank=2))
+    assert injection.total == before + 2 * (64 + 64)
