@@ -42,6 +42,9 @@ class Certificate:
     upper : ndarray of shape (k,), float64, or None
         Upper bounds on σ_1…σ_k from residuals (`spectra.theory.bounds.rayleigh_ritz_upper`), far closer than
         √(s² + tail_norm²); they hold with `tail_norm`.
+    residuals : ndarray of shape (k,), float64, or None
+        ‖A v_i − s_i u_i‖ of every triplet, in the units of a singular value, where Aᵀu_i = s_i v_i holds to roundoff:
+        what turning the vectors to the exact ones still has to remove. None where nothing but roundoff is left.
     note : str
         Why this route was taken, or what had to be tried.
     """
@@ -55,6 +58,7 @@ class Certificate:
     failure_probability: float = 0.0
     seed: int | None = None
     upper: Vector | None = field(default=None, repr=False)
+    residuals: Vector | None = field(default=None, repr=False)
     note: str = ""
 
     def __str__(self) -> str:

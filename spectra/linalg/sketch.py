@@ -20,7 +20,7 @@ import torch
 from spectra.linalg.dense import gram_roundoff
 from spectra.linalg.matrix import Matrix
 from spectra.theory.bounds import block_lanczos_factor, rayleigh_ritz_upper
-from spectra.values import Certificate, Spectrum
+from spectra.values import Certificate, Spectrum, Vector
 
 # Width past the k values asked for, and number of blocks. On a 4096 × 4096 matrix with a power-law spectrum in noise
 # and k = 64, four blocks of k + 16 find the 64th value to 1.3 % and certify the 32nd to about 8 %; three leave 6 % and
@@ -78,11 +78,11 @@ def truncated(
     q, w, image, squares, turn, taken = _krylov(a, width, blocks, generator, rank, hidden)
     left = q @ turn.to(q.dtype)  # (rows, rank)
     right = w @ turn.to(w.dtype)  # (cols, rank): Aᵀu_i = s_i v_i
-    residuals = _residuals(image, left, squares, turn)
+    residuals = _residuals(image, left, squares, turn).cpu().numpy()
     tail = tail_norm(a, left, generator)
 
     values = np.minimum.accumulate(squares.sqrt().cpu().numpy())
-    upper = rayleigh_ritz_upper(values, residuals.cpu().numpy(), tail)
+    upper = rayleigh_ritz_upper(values, residuals, tail)
     roundoff = _ROUNDOFF * torch.finfo(a.dtype).eps * float(values[0])
     found = float(np.sum(np.maximum(values - roundoff, 0.0) ** 2))  # at least: what is left out must not be understated
     gap = math.sqrt(max(0.0, (matrix.frobenius / matrix.scale) ** 2 - found))
@@ -102,6 +102,7 @@ def truncated(
             failure_probability=FAILURE_PROBABILITY,
             seed=seed,
             upper=upper[:-1] * matrix.scale,
+            residuals=_of_triplets(residuals, values, float(upper[0])) * matrix.scale,
         ),
         left=(left * signs).cpu().numpy(),
         right=(right * signs).T.cpu().numpy(),
@@ -153,6 +154,15 @@ def _residuals(image: torch.Tensor, left: torch.Tensor, squares: torch.Tensor, t
     off = (image @ turn.to(image.dtype)).double() - left.double() * squares
     residuals: torch.Tensor = torch.linalg.vector_norm(off, dim=0)
     return residuals
+
+
+def _of_triplets(residuals: Vector, values: Vector, largest: float) -> Vector:
+    """‖Av_i − s_iu_i‖ = ‖AAᵀu_i − s_i²u_i‖/s_i, since Aᵀu_i = s_iv_i; never more than ‖A‖₂ ≤ `largest`.
+
+    u_iᵀAv_i = s_i, so that the square of the residual is ‖Av_i‖² − s_i².
+    """
+    quotients: Vector = np.divide(residuals, values, out=np.full(len(values), largest), where=values > 0.0)
+    return np.minimum(quotients, largest)
 
 
 def _settled(q: torch.Tensor, image: torch.Tensor, squares: torch.Tensor, turn: torch.Tensor, hidden: float) -> bool:
