@@ -42,12 +42,16 @@ if TYPE_CHECKING:
         truncation_error,
         truncation_error_bounds,
     )
+    from spectra.pairwise.plan import geometry
+    from spectra.pairwise.result import Geometry
     from spectra.run import Run
     from spectra.values import Certificate, Spectrum
 
 _HOME = {
     "open_checkpoint": "spectra.checkpoints",
+    "Geometry": "spectra.pairwise.result",
     "Run": "spectra.run",
+    "geometry": "spectra.pairwise.plan",
     "compare": "spectra.comparison",
     "plan": "spectra.comparison",
     "Delta": "spectra.delta",
@@ -86,6 +90,7 @@ _HOME = {
 __all__ = [
     "Certificate",
     "Delta",
+    "Geometry",
     "LowRankDelta",
     "Run",
     "SpectraError",
@@ -100,6 +105,7 @@ __all__ = [
     "entropy_rank_bounds",
     "entropy_rank_energy",
     "entropy_rank_energy_bounds",
+    "geometry",
     "nuclear_norm",
     "nuclear_norm_bounds",
     "numerical_rank",

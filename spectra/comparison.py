@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import os
-import platform
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from spectra.checkpoints import Adapter, Checkpoint
 from spectra.checkpoints.names import Pairing
 from spectra.delta import AnyDelta, LowRankDelta, as_base, is_float, name_filter, opened, pair_checkpoints
 from spectra.errors import MismatchError, OutOfMemory, UsageError
-from spectra.journal import Journal
+from spectra.inputs import (
+    DEFAULT_RANK,
+    EXACT_BELOW,
+    LEAST_MATCH,
+    check_device,
+    check_folder,
+    matching_info,
+    mismatch_message,
+    physical_memory,
+    side_info,
+    versions,
+)
 from spectra.linalg.route import Route, choose
 from spectra.record import Question, Record, described
 from spectra.run import Run
-from spectra.schedule import measure_all, resident_bytes
-from spectra.version import __version__
-
-# Least share of tensors that must match before a comparison means anything.
-LEAST_MATCH = 0.95
-
-# min(rows, cols) up to which every singular value is taken by default: beyond, the cube of it is felt (2048: about a
-# second a matrix, 4096: four) and the top values are certified instead.
-EXACT_BELOW = 2048
-DEFAULT_RANK = 64
+from spectra.schedule import journalled, measure_all, resident_bytes
 
 
 @dataclass(frozen=True)
@@ -138,13 +133,13 @@ def plan(
     """
     if rank is not None and (exact or rank < 1):
         raise UsageError(f"rank = {rank} and exact = {exact}: give a positive rank, or exact, or neither")
-    _check_device(device)
+    check_device(device)
     wanted = name_filter(include, exclude)
     opened_base = as_base(opened(base, trust_pickle=trust_pickle, offline=offline))
     opened_tuned = opened(tuned, trust_pickle=trust_pickle, offline=offline)
     pairing, found = pair_checkpoints(opened_base, opened_tuned)
     if pairing.share < LEAST_MATCH and not allow_partial:
-        raise MismatchError(_mismatch_message(opened_base, opened_tuned, pairing))
+        raise MismatchError(mismatch_message(opened_base, opened_tuned, pairing))
     pairs = [pair for pair in pairing.pairs if wanted(pair.name)]
     if not pairs:
         raise UsageError(f"no tensor is left by include = {include!r}, exclude = {exclude!r}")
@@ -165,7 +160,7 @@ def plan(
         "trust_pickle": trust_pickle,
         "route": "auto",
     }
-    limit = _physical_memory() // 2 if max_memory is None else max_memory
+    limit = physical_memory() // 2 if max_memory is None else max_memory
     names = {pair.name for pair in pairs}
     return Plan(
         opened_base,
@@ -288,42 +283,20 @@ def execute(
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs = {jobs}: at least one matrix must be measured at a time")
     if out is not None:
-        _check_folder(todo, out)
+        check_folder((todo.base, todo.tuned), out)
     info = _info(todo)
     fingerprint = {key: info[key] for key in ("base", "tuned", "settings", "versions", "threads")}
-    with Journal(Path(out), fingerprint, resume=resume) if out is not None else nullcontext() as journal:
-        finished = journal.rows() if journal is not None else {}
-        missing = [
-            record for record in todo.records if record["name"] in todo.deltas and record["name"] not in finished
-        ]
-        with _bar(todo, missing, progress) as advance:
-            for row in measure_all(todo, missing, jobs or os.cpu_count() or 1):
-                finished[row["name"]] = row
-                if journal is not None:
-                    journal.write(row)
-                advance(row)
-    return Run(tuple(finished.get(record["name"], record) for record in todo.records), info)
-
-
-@contextmanager
-def _bar(todo: Plan, records: list[Record], progress: bool) -> Iterator[Callable[[Record], None]]:
-    """Progress in multiply-adds, which is what the time goes by, shown only for what takes longer than two seconds."""
-    work = {record["name"]: _work(todo.deltas[record["name"]]) for record in records}
-    with tqdm(
-        total=sum(work.values()),
-        delay=2.0,
-        disable=not progress,
-        leave=False,
-        bar_format="{percentage:3.0f}% |{bar}| {elapsed} gone, about {remaining} left{postfix}",
-    ) as bar:
-        guard = threading.Lock()
-
-        def advance(row: Record) -> None:
-            with guard:
-                bar.set_postfix_str("".join(c if c.isprintable() else "?" for c in row["name"][-40:]), refresh=False)
-                bar.update(work[row["name"]])
-
-        yield advance
+    work = {name: _work(delta) for name, delta in todo.deltas.items()}
+    rows = journalled(
+        todo.records,
+        work,
+        lambda missing: measure_all(todo, missing, jobs or os.cpu_count() or 1),
+        out=out,
+        fingerprint=fingerprint,
+        resume=resume,
+        progress=progress,
+    )
+    return Run(rows, info)
 
 
 def _work(delta: AnyDelta) -> float:
@@ -335,77 +308,13 @@ def _tuned_info(name: str, tuned_name: str | None, found: Mapping[str, AnyDelta]
     return found[name].tuned_info if name in found else infos.get(tuned_name or "")
 
 
-def _check_device(device: str | None) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"device {device!r} cannot be used: {reason}; leave it out to compute on the CPU") from error
-
-
-def _check_folder(todo: Plan, out: str | os.PathLike[str]) -> None:
-    """Inputs are read only: nothing is written among them."""
-    for side in (todo.base, todo.tuned):
-        folder = side.root if side.root.is_dir() else None
-        if folder is not None and Path(out).resolve() == folder.resolve():
-            raise UsageError(f"{out} is the folder of {side.ref}; give the report a folder of its own")
-
-
-def _physical_memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return 16 << 30
-
-
-def _mismatch_message(base: Checkpoint, tuned: Checkpoint | Adapter, pairing: Pairing) -> str:
-    unmatched = [pair for pair in pairing.pairs if pair.status in ("base_only", "tuned_only", "shape_mismatch")]
-    shown = [f"  {pair.name}: {pair.status} {pair.reason}".rstrip() for pair in unmatched[:8]]
-    more = [f"  … and {len(unmatched) - 8} more"] if len(unmatched) > 8 else []
-    return "\n".join(
-        [
-            f"only {pairing.matched} of {pairing.total} tensors of {base.ref} and {tuned.ref} match "
-            f"({pairing.share:.1%}, {LEAST_MATCH:.0%} are needed): are they one architecture?",
-            *shown,
-            *more,
-            "To compare what does match, add --allow-partial (allow_partial=True)",
-        ]
-    )
-
-
 def _info(todo: Plan) -> dict[str, Any]:
     """Where the rows of a run came from; the same inputs and flags give the same dictionary."""
     return {
-        "base": _side_info(todo.base),
-        "tuned": _side_info(todo.tuned),
-        "matching": {
-            "matched": todo.pairing.matched,
-            "total": todo.pairing.total,
-            "share": todo.pairing.share,
-            "transforms": list(todo.pairing.transforms),
-        },
+        "base": side_info(todo.base),
+        "tuned": side_info(todo.tuned),
+        "matching": matching_info(todo.pairing),
         "settings": dict(todo.settings),
-        "versions": {
-            "spectra": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "numpy", "scipy", "safetensors")},
-        },
+        "versions": versions(),
         "threads": torch.get_num_threads(),
-    }
-
-
-def _side_info(checkpoint: Checkpoint | Adapter) -> dict[str, Any]:
-    infos: Iterable[Any] = checkpoint.infos().values()
-    return {
-        "ref": str(checkpoint.ref),
-        "kind": "adapter" if isinstance(checkpoint, Adapter) else "checkpoint",
-        "tensors": len(checkpoint),
-        "parameters": sum(math.prod(info.shape) for info in infos),
-        "bytes": sum(info.nbytes for info in infos),
-        "revision": checkpoint.revision,
-        "notes": list(checkpoint.notes),
-        "digests": [
-            {"name": digest.name, "bytes": digest.bytes, "sha256": digest.sha256, "sampled": digest.sampled}
-            for digest in checkpoint.digests()
-        ],
     }

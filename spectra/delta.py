@@ -70,9 +70,13 @@ class Delta:
         """(rows, cols) of the update as a matrix."""
         return matrix_shape(viewed_shape(self.base_info.shape, self.view, "base"))
 
+    def weights(self) -> torch.Tensor:
+        """Read W, (rows, cols), in its stored dtype, as the update sees it."""
+        return as_rows(_viewed(self.base[self.base_name], self.view, "base"))
+
     def difference(self) -> Difference:
         """Read both tensors and subtract."""
-        base = as_rows(_viewed(self.base[self.base_name], self.view, "base"))
+        base = self.weights()
         tuned = as_rows(_viewed(self.tuned[self.tuned_name], self.view, "tuned"))
         if base.shape != tuned.shape:
             raise MatrixError(f"{self.name}: base is {tuple(base.shape)} but tuned is {tuple(tuned.shape)}")
@@ -114,6 +118,10 @@ class LowRankDelta:
         """(rows, cols) of the update as a matrix."""
         return matrix_shape(self.base_info.shape)
 
+    def weights(self) -> torch.Tensor:
+        """Read W, (rows, cols), in its stored dtype."""
+        return as_rows(self.base[self.update.name])
+
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """B (rows, r) and A (r, cols) in their stored dtype, oriented as the base is; of AdaLoRA E is folded in."""
         return self.tuned.factors(self.update)
@@ -125,8 +133,7 @@ class LowRankDelta:
         """
         b, a = (factor.double() for factor in self.factors())
         b = b * self.update.scale
-        stored = self.base[self.update.name]
-        base = as_rows(stored)
+        base = self.weights()
         energy, base_energy, lost, zeros = [], [], [], 0
         for w, rows in zip(row_blocks(base), torch.split(b, row_blocks(base)[0].shape[0]), strict=True):
             delta = (rows @ a).to(torch.float32 if w.dtype != torch.float64 else torch.float64)
@@ -171,11 +178,16 @@ class LowRankDelta:
         b, a = (factor.double() for factor in self.factors())
         return ((b * self.update.scale) @ a).float()
 
-    def spectrum(self, *, rank: int | None = None, route: RouteChoice = "auto", seed: int = 0) -> Spectrum:
-        """All singular values, exactly, from the factors; `rank`, `route` and `seed` change nothing."""
+    def spectrum(
+        self, *, rank: int | None = None, route: RouteChoice = "auto", seed: int = 0, vectors: bool = False
+    ) -> Spectrum:
+        """All singular values, exactly, from the factors; `rank`, `route` and `seed` change nothing.
+
+        With `vectors` those of the factors' rank alone, and their vectors.
+        """
         b, a = self.factors()
         floor = self._floor(b.double() * self.update.scale, a.double())
-        found = product_spectrum(b, a, scale=self.update.scale, name=self.name)
+        found = product_spectrum(b, a, scale=self.update.scale, vectors=vectors, name=self.name)
         return replace(found, certificate=replace(found.certificate, storage_floor=floor.spectral))
 
 
@@ -203,6 +215,10 @@ class AdapterDelta:
     def shape(self) -> tuple[int, int]:
         """(rows, cols) of the update as a matrix."""
         return matrix_shape(self.base_info.shape)
+
+    def weights(self) -> torch.Tensor:
+        """Read W, (rows, cols), in its stored dtype."""
+        return as_rows(self.base[self.update.name])
 
     def difference(self) -> Difference:
         """Form the update and sum its norms. It is exact to float32: only the base's norm knows of stored rounding."""

@@ -57,15 +57,19 @@ class Difference:
         *,
         rank: int | None = None,
         route: RouteChoice = "auto",
+        vectors: bool = False,
+        keep: int | None = None,
         seed: int = 0,
         max_bytes: float = math.inf,
         device: str | None = None,
     ) -> Spectrum:
-        """Singular values of the update; see `spectra.spectrum` for the parameters."""
+        """Singular values of the update, and its `keep` leading vectors; see `spectra.spectrum` for the parameters."""
         found = matrix_spectrum(
             Matrix.of(self.matrix.to(device) if device else self.matrix, self.frobenius),
             rank=rank,
             route=route,
+            vectors=vectors,
+            keep=keep,
             seed=seed,
             storage_floor=self.floor.spectral,
             max_bytes=max_bytes,

@@ -158,9 +158,9 @@ def measured(delta: AnyDelta, record: Record, question: Question) -> Record:
         JSON-able but for ``singular_values`` and ``singular_values_high``, float64 arrays.
     """
     row = _sized(delta, record)
-    with _failing_into(row):
+    with failing_into(row):
         row |= _finished(*_read(delta, question), question)
-    return _plain(row)
+    return without_gaps(row)
 
 
 def measured_together(deltas: Sequence[AnyDelta], records: Sequence[Record], question: Question) -> list[Record]:
@@ -168,7 +168,7 @@ def measured_together(deltas: Sequence[AnyDelta], records: Sequence[Record], que
     rows = [_sized(delta, record) for delta, record in zip(deltas, records, strict=True)]
     waiting: list[tuple[Record, Record, Difference]] = []
     for row, delta in zip(rows, deltas, strict=True):
-        with _failing_into(row):
+        with failing_into(row):
             read, found = _read(delta, question)
             if isinstance(found, Difference):
                 waiting.append((row, read, found))
@@ -185,9 +185,9 @@ def measured_together(deltas: Sequence[AnyDelta], records: Sequence[Record], que
                 device=question.device,
             )
     for (row, read, found), spectrum in zip(waiting, batch, strict=True):
-        with _failing_into(row):
+        with failing_into(row):
             row |= _finished(read, spectrum, question, found)
-    return [_plain(row) for row in rows]
+    return [without_gaps(row) for row in rows]
 
 
 def _sized(delta: AnyDelta, record: Record) -> Record:
@@ -196,7 +196,7 @@ def _sized(delta: AnyDelta, record: Record) -> Record:
 
 
 @contextmanager
-def _failing_into(row: Record) -> Iterator[None]:
+def failing_into(row: Record) -> Iterator[None]:
     """Turn a deliberate error into the row's status and reason."""
     try:
         yield
@@ -208,7 +208,7 @@ def _failing_into(row: Record) -> Iterator[None]:
         row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
 
 
-def _plain(record: Record) -> Record:
+def without_gaps(record: Record) -> Record:
     """Leave out what is not a number, so that a row is the same before and after it has been through the journal."""
     return {k: v for k, v in record.items() if not (isinstance(v, float) and not math.isfinite(v))}
 
@@ -221,7 +221,7 @@ def _read(delta: AnyDelta, question: Question) -> tuple[Record, Spectrum | Diffe
     dtypes = delta.base_info.dtype, delta.tuned_info.dtype
     if not all(is_float(dtype) for dtype in dtypes):
         return _counted(delta, dtypes), None
-    _refuse_scaled(delta)
+    refuse_scaled(delta)
     found = delta.difference()
     row: Record = {
         "frobenius": found.frobenius,
@@ -267,15 +267,15 @@ def _rounding_norm(found: Difference, spectrum: Spectrum) -> float:
     The prediction counts a full grid cell for every entry of both sides. Where the base lies on its grid, or the update
     is finer than a cell, less is rounded; and what stands above the floor is not rounding.
     """
-    above = spectrum.values[spectrum.values > found.floor.spectral] / found.frobenius
-    return min(found.floor.frobenius, found.frobenius * math.sqrt(max(0.0, 1.0 - float(np.sum(above**2)))))
+    below = spectrum.values[spectrum.values <= found.floor.spectral]
+    return min(found.floor.frobenius, math.hypot(float(np.linalg.norm(below)), spectrum.certificate.gap))
 
 
 # Names under which 8-bit checkpoints keep the scale of a weight (compressed-tensors, DeepSeek, transformers' FP8).
 _SCALE_NAMES = ("{}_scale", "{}_scale_inv", "{}_scale_2")
 
 
-def _refuse_scaled(delta: AnyDelta) -> None:
+def refuse_scaled(delta: AnyDelta) -> None:
     """Refuse 8-bit floats that mean something only with a scale stored beside them."""
     for info, checkpoint in ((delta.base_info, delta.base), (delta.tuned_info, delta.tuned)):
         scale = next((s for s in (t.format(info.name) for t in _SCALE_NAMES) if s in checkpoint), None)

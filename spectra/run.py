@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import html
-import io
-import json
 import math
 import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,18 +14,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from spectra.errors import CheckpointNotFound, UnsafeCheckpoint, UsageError
+from spectra.errors import UsageError
+from spectra.notebook import inline_svg, new_axes
+from spectra.parquet import read_table, write_table
 from spectra.record import COLUMNS, INTEGER_COLUMNS, TEXT_COLUMNS, Record
 from spectra.values import Certificate, Spectrum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from spectra.pairwise.result import Geometry
+
 PARQUET = "spectra.parquet"
 _ARRAYS = ("singular_values", "singular_values_high")
-_INFO_KEY = b"spectra"
 
 
 @dataclass(frozen=True)
@@ -128,6 +127,24 @@ class Run:
         """Plots of the run: ``run.plot.spectra()``, ``run.plot.truncation_error()``, ``run.plot.relative_change()``."""
         return RunPlots(self)
 
+    def compare(self, other: Any, **flags: Any) -> Geometry:
+        """Compare the update of this run with another of the same base.
+
+        Parameters
+        ----------
+        other : Run, path, hub id, Checkpoint or Adapter
+        **flags
+            As in `spectra.geometry`; the base is this run's own, unless given.
+
+        Raises
+        ------
+        SpectraError
+            As `spectra.geometry`; a `MismatchError` too where files changed since the run.
+        """
+        from spectra.pairwise.plan import geometry
+
+        return geometry(self, other, **flags)
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``spectra.parquet`` into a folder, atomically; the same run gives the same bytes.
 
@@ -136,19 +153,8 @@ class Run:
         Path
             The file.
         """
-        path = Path(folder) / PARQUET
-        path.parent.mkdir(parents=True, exist_ok=True)
         table = pa.Table.from_pandas(self.frame, schema=_schema(), preserve_index=False)
-        table = table.replace_schema_metadata({_INFO_KEY: json.dumps(self.info, sort_keys=True).encode()})
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".spectra-")
-        os.close(handle)
-        try:
-            pq.write_table(table, temporary, compression="zstd")
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-        return path
+        return write_table(table, self.info, Path(folder) / PARQUET)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Run:
@@ -161,15 +167,7 @@ class Run:
         UnsafeCheckpoint
             If the file was not written by `save`.
         """
-        path = Path(folder)
-        path = path / PARQUET if path.is_dir() else path
-        if not path.is_file():
-            raise CheckpointNotFound(f"{path}: no run is saved there; python -m spectra.report writes one")
-        try:
-            table = pq.read_table(path)
-            info = json.loads((table.schema.metadata or {})[_INFO_KEY])
-        except (pa.ArrowException, KeyError, ValueError) as error:
-            raise UnsafeCheckpoint(f"{path} is not a run of this program: {error}") from error
+        table, info = read_table(folder, PARQUET, kind="run")
         records = [
             {
                 key: np.asarray(value, dtype=np.float64) if key in _ARRAYS else value
@@ -185,7 +183,7 @@ class Run:
         base, tuned = (html.escape(str(self.info[side]["ref"])) for side in ("base", "tuned"))
         statuses = ", ".join(f"{count} {status}" for status, count in self.frame.status.value_counts().items())
         table = self.groups.to_html(index=False, border=0, float_format=lambda value: f"{value:.4g}")
-        figure = _svg(self.plot.spectra) if len(self.groups) else ""
+        figure = inline_svg(self.plot.spectra) if len(self.groups) else ""
         return f"<h4>{base} → {tuned}</h4><p>{html.escape(statuses)}</p>{table}{figure}"
 
 
@@ -208,7 +206,7 @@ class RunPlots:
         """Singular values with the storage floor: by default of the most changed matrix of every role."""
         from spectra.plot import plot_spectrum
 
-        ax = _axes() if ax is None else ax
+        ax = new_axes() if ax is None else ax
         for name in self._names(names):
             plot_spectrum(ax, self.run.spectrum(name), label=name)
         return ax
@@ -217,7 +215,7 @@ class RunPlots:
         """Error of the best rank-r approximation against r."""
         from spectra.plot import plot_truncation_error
 
-        ax = _axes() if ax is None else ax
+        ax = new_axes() if ax is None else ax
         for name in self._names(names):
             plot_truncation_error(ax, self.run.spectrum(name), label=name)
         return ax
@@ -226,7 +224,7 @@ class RunPlots:
         """‖Δ‖_F/‖W‖_F over layer and role."""
         from spectra.plot import plot_heatmap
 
-        ax = _axes() if ax is None else ax
+        ax = new_axes() if ax is None else ax
         frame = self.run.frame
         found = frame[frame.singular_values.map(len) > 0]
         table = found.pivot_table(index="layer", columns="role", values="relative_frobenius", sort=False)
@@ -234,24 +232,6 @@ class RunPlots:
         plot_heatmap(ax, table.to_numpy(), row_labels=layers, col_labels=roles, label="‖Δ‖ / ‖W‖")
         ax.tick_params(axis="x", rotation=90)
         return ax
-
-
-def _axes() -> Axes:
-    """Axes of a new pyplot figure, which a notebook shows by itself."""
-    import matplotlib.pyplot as plt
-
-    return plt.figure(figsize=(7, 4.5), layout="constrained").subplots()
-
-
-def _svg(draw: Callable[..., object]) -> str:
-    """Draw on a figure of its own and give it as inline SVG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    draw(ax=figure.subplots())
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
 def _schema() -> pa.Schema:

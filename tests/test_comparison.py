@@ -351,7 +351,9 @@ def test_a_batch_gives_what_one_at_a_time_gives(tmp_path, monkeypatch):
     for name in alone.index[alone.status == "ok"]:
         a, b = alone.singular_values[name], together.singular_values[name]
         assert np.abs(a - b).max() <= 2 * alone.roundoff[name]  # both within their own certificate
-        assert together.storage_frobenius[name] == pytest.approx(alone.storage_frobenius[name], rel=1e-12)
+        # What lies below the floor is a norm of as many values, each within the route's roundoff.
+        within = 2 * alone.roundoff[name] * min(alone.rows[name], alone.cols[name]) ** 0.5
+        assert together.storage_frobenius[name] == pytest.approx(alone.storage_frobenius[name], rel=1e-12, abs=within)
 
 
 @pytest.mark.usefixtures("batched")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import scipy.linalg
@@ -50,15 +51,19 @@ def bidiagonal_roundoff(rows: int, cols: int) -> float:
     return (16.0 + 2.0 * math.sqrt(min(rows, cols))) * _EPSILON
 
 
-def by_gram(matrix: Matrix, *, vectors: bool = False) -> Spectrum:
+def by_gram(matrix: Matrix, *, vectors: bool | Literal["left"] = False, keep: int | None = None) -> Spectrum:
     """All singular values from the eigenvalues of the smaller Gram matrix in float64.
 
     Parameters
     ----------
     matrix : Matrix
         Validated (rows, cols) matrix of float32 or float64, on any device.
-    vectors : bool
-        Also give left and right vectors, in the matrix's dtype; those of values below √ε σ₁ are arbitrary.
+    vectors : bool or "left"
+        Also give left and right vectors, or left ones alone: in float64 up to a smaller dimension of
+        `SIDE_BY_SIDE_ROWS`, beyond in the matrix's dtype. Orthonormal all; those of the larger dimension are arbitrary
+        where values lie below √ε σ₁.
+    keep : int, optional
+        How many of the leading vectors; all by default.
 
     Raises
     ------
@@ -73,8 +78,8 @@ def by_gram(matrix: Matrix, *, vectors: bool = False) -> Spectrum:
         squares = _eigenvalues(gram).flip(0)
         left = right = None
     else:
-        squares, turn = (part.flip(-1) for part in torch.linalg.eigh(gram))
-        left, right = _vectors(matrix.scaled, turn.to(matrix.scaled.dtype))
+        squares, turn = (part.flip(-1) for part in _eigenvectors(gram))
+        left, right = _vectors(matrix.scaled, turn[:, :keep], left_alone=vectors == "left")
     values = squares.clamp_min(0.0).sqrt().cpu().numpy() * matrix.scale
     return Spectrum(
         values,
@@ -132,18 +137,58 @@ def _eigenvalues(gram: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _vectors(a: torch.Tensor, turn: torch.Tensor) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """U (rows, p) and Vᵀ (p, cols) from eigenvectors of the smaller Gram matrix; largest entry of each u positive."""
-    tiny = torch.finfo(a.dtype).tiny
-    if a.shape[0] <= a.shape[1]:
-        left = turn
-        right = torch.nn.functional.normalize(turn.T @ a, dim=1, eps=tiny)
-    else:
-        right = turn.T
-        left = torch.nn.functional.normalize(a @ turn, dim=0, eps=tiny)
+def _eigenvectors(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ascending eigenvalues and eigenvectors of a symmetric matrix of which the lower triangle is given.
+
+    Divide and conquer by SciPy's OpenBLAS or torch's MKL: at 2048 rows 2.3 s of one core against 3.2 s.
+    """
+    if gram.device.type == "cpu" and gram.shape[0] > SIDE_BY_SIDE_ROWS:
+        values, turn = scipy.linalg.eigh(gram.numpy(), driver="evd", overwrite_a=True, check_finite=False)
+        return torch.from_numpy(values), torch.from_numpy(turn)
+    values, turn = torch.linalg.eigh(gram)
+    return values, turn
+
+
+def _vectors(
+    a: torch.Tensor, turn: torch.Tensor, *, left_alone: bool = False
+) -> tuple[NDArray[np.floating], NDArray[np.floating] | None]:
+    """U (rows, k) and Vᵀ (k, cols) from eigenvectors of the smaller Gram matrix; largest entry of each u positive."""
+    wide = a.shape[0] <= a.shape[1]
+    if turn.shape[0] > SIDE_BY_SIDE_ROWS:
+        turn = turn.to(a.dtype)
+    if wide and left_alone:
+        return turn.cpu().numpy(), None
+    other = _orthonormal(_image(a, turn, wide=wide))  # (larger dimension, k): columns s_i times the other vectors
+    left, right = (turn, other.T) if wide else (other, turn.T)
     signs = torch.sign(left.gather(0, left.abs().argmax(0, keepdim=True)))
     signs[signs == 0] = 1.0
-    return (left * signs).cpu().numpy(), (right * signs.T).cpu().numpy()
+    return left.mul_(signs).cpu().numpy(), None if left_alone else right.mul_(signs.T).cpu().numpy()
+
+
+def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
+    """Unit columns near the directions of columns that are orthogonal to ε σ₁²/(s_i s_j); overwrites its argument.
+
+    Cholesky QR, three times faster than Householder's, which is kept for columns that roundoff has made dependent:
+    those of values below √ε σ₁.
+    """
+    columns /= torch.linalg.vector_norm(columns, dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
+    factor, failed = torch.linalg.cholesky_ex(columns.T @ columns)
+    if not int(failed) and bool((factor.diagonal() > 0.5).all()):
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
+        basis: torch.Tensor = columns @ inverse.T
+        return basis
+    basis, triangle = torch.linalg.qr(columns)
+    basis *= torch.where(triangle.diagonal() < 0, -1.0, 1.0)
+    return basis
+
+
+def _image(a: torch.Tensor, turn: torch.Tensor, *, wide: bool) -> torch.Tensor:
+    """Aᵀ·turn where `wide`, else A·turn, in the dtype of turn, a few rows of the answer at a time."""
+    step = max(1, _GRAM_BLOCK * _GRAM_BLOCK // turn.shape[0])
+    image = turn.new_empty(max(a.shape), turn.shape[1])
+    for block, rows in zip(torch.split(a, step, dim=int(wide)), torch.split(image, step), strict=True):
+        torch.mm((block.T if wide else block).to(turn.dtype), turn, out=rows)
+    return image
 
 
 def _gram(a: torch.Tensor) -> torch.Tensor:

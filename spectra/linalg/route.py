@@ -201,11 +201,12 @@ def matrix_spectrum(
     rank: int | None = None,
     route: Literal["auto", "gram", "bidiagonal", "sketch"] = "auto",
     vectors: bool = False,
+    keep: int | None = None,
     seed: int = 0,
     storage_floor: float = math.nan,
     max_bytes: float = math.inf,
 ) -> Spectrum:
-    """`spectrum` of a matrix that is already validated."""
+    """`spectrum` of a matrix that is already validated; `keep`: how many leading vectors, all by default."""
     rows, cols = matrix.shape
     if route == "auto":
         share = storage_floor / matrix.frobenius if matrix.frobenius > 0 else math.nan
@@ -220,8 +221,10 @@ def matrix_spectrum(
             )
         found = truncated(matrix, chosen.rank, seed=seed, storage_floor=storage_floor)
     elif chosen.name == "gram":
-        found = by_gram(matrix, vectors=vectors)
+        found = by_gram(matrix, vectors=vectors, keep=keep)
     else:
         found = by_bidiagonal(matrix, vectors=vectors)
     certificate = replace(found.certificate, storage_floor=storage_floor, note=chosen.reason)
+    if keep is not None and found.left is not None and found.right is not None:
+        found = replace(found, left=found.left[:, :keep], right=found.right[:keep])
     return replace(found, certificate=certificate)
