@@ -1,4 +1,4 @@
-"""The command ``python -m spectra.report``: compare two checkpoints, print what was found, write the report."""
+"""The command ``python -m spectra.report``: compare checkpoints, print what was found, write the report."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from spectra.command import printable, run, say, tell
-from spectra.errors import UsageError
-
-if TYPE_CHECKING:
-    from spectra.report.build import ReportData
+from spectra.errors import SpectraError, UsageError
 
 NAME = "python -m spectra.report"
+MANY_FIGURES = 12  # named one by one up to so many
 _UNITS = {"": 1, "b": 1} | {
     prefix + unit: base**power
     for power, prefix in enumerate("kmgt", 1)
@@ -79,11 +79,14 @@ def parse_pattern(ctx: click.Context, param: click.Parameter, value: str | None)
     "report",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     short_help="What fine-tuning did to the weights.",
+    options_metavar="[OPTIONS]",
 )
-@click.argument("base")
-@click.argument("tuned")
+@click.argument("base", metavar="BASE")
+@click.argument("tuned", metavar="TUNED")
+@click.option("--base", "update_base", metavar="REF", help="The model that both are updates of: compares them with each other.")  # fmt: skip # noqa: E501
+@click.option("--also", multiple=True, metavar="REF", help="One more update of the same model; may be given again.")
 @click.option("--out", metavar="DIR", help="Folder of the report.  [default: spectra-NAME, NAME being TUNED's]")
-@click.option("--rank", type=click.IntRange(min=1), metavar="K", help="Certify the K largest singular values of a matrix, where finding all of them costs more.")  # fmt: skip # noqa: E501
+@click.option("--rank", type=click.IntRange(min=1), metavar="K", help="Certify the K largest singular values of a matrix, where finding all of them costs more. Of two updates, compare K directions.  [default of two: 64]")  # fmt: skip # noqa: E501
 @click.option("--exact", is_flag=True, help="Find every singular value of every matrix, whatever it costs.")
 @click.option(
     "--include", callback=parse_pattern, metavar="RE", help="Only tensors whose name holds this regular expression."
@@ -100,24 +103,33 @@ def parse_pattern(ctx: click.Context, param: click.Parameter, value: str | None)
 @click.option("--no-resume", is_flag=True, help="Begin anew, even where DIR holds the start of the same comparison.")
 @click.option("--offline", is_flag=True, help="Never ask the hub: local paths and its cache only.")
 @click.option("--trust-pickle", is_flag=True, help="Read .bin and .pt files too, tensors only; they are refused otherwise.")  # fmt: skip # noqa: E501
-@click.option("--base", "update_base", metavar="REF", help="Compare two updates of one base: not in this version.")
 @click.option("--json", "as_json", metavar="-", help="With -, print summary.json to stdout and everything else to stderr.")  # fmt: skip # noqa: E501
 @click.option("--quiet", "-q", is_flag=True, help="Print the verdict and the files alone, without progress.")
 @click.option("--verbose", "-v", is_flag=True, help="Log every step, and say where in the program an error arose.")
 def command(base: str, tuned: str, **flags: Any) -> int:
-    """Say what fine-tuning did to the weights: how far every matrix moved from BASE to TUNED, how many
-    directions carry the update, and how much of it is rounding in the stored dtype.
+    """Say what fine-tuning did to the weights.
 
-    BASE and TUNED are folders or files of safetensors, or ids on the Hugging Face hub (org/name@revision); TUNED
-    may be a PEFT adapter of BASE. The report goes to DIR: report.html, one page that needs no network, beside
-    spectra.parquet with every number, summary.json, manifest.json and figures/*.svg. An interrupted run goes on
-    where it stopped when the same command is given again.
+    \b
+    BASE TUNED       One update: how far every matrix moved, how many
+                     directions carry it, how much of it is rounding in
+                     the stored dtype.
+    A B --base BASE  Two updates of one model, side by side: what one holds
+                     of the other, which directions they share, which the
+                     model did not have; each number beside chance. Two
+                     adapters name their base themselves.
+
+    Each is a folder or file of safetensors, or an id on the Hugging Face hub (org/name@revision); an update may be
+    a PEFT adapter. The report goes to DIR: report.html, one page that needs no network, beside spectra.parquet
+    (geometry.parquet of two updates) with every number, summary.json, manifest.json and figures/*.svg. An
+    interrupted run goes on where it stopped when the same command is given again.
 
     \b
     Examples:
       python -m spectra.report base/ tuned/
       python -m spectra.report bert-base-uncased org/my-bert@main --out report/
       python -m spectra.report base/ adapter/ --include attention --dry-run
+      python -m spectra.report tuned/ adapter/ --base base/
+      python -m spectra.report adapter/ adapter-2/ --also adapter-3/
 
     \b
     Exit codes:
@@ -131,38 +143,118 @@ def command(base: str, tuned: str, **flags: Any) -> int:
     _check(flags)
     if flags["verbose"]:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
-    out = Path(flags["out"] or default_out(tuned))
-
-    from spectra.comparison import execute, plan
-
-    todo = plan(
-        base,
-        tuned,
-        rank=flags["rank"],
-        exact=flags["exact"],
-        include=flags["include"],
-        exclude=flags["exclude"],
-        device=flags["device"],
-        max_memory=flags["max_memory"],
-        seed=flags["seed"],
-        trust_pickle=flags["trust_pickle"],
-        offline=flags["offline"],
-        allow_partial=flags["allow_partial"],
-    )
+    work = _planned(base, tuned, flags)
+    out = Path(flags["out"] or work.folder)
     if flags["dry_run"]:
-        say(printable("\n".join([*todo.lines(), f"the report would go to {out}"])))
+        say(printable("\n".join([*work.lines, f"the report would go to {out}"])))
         return 0
     if not flags["quiet"]:
-        say(printable("\n".join(["plan", *(f"  {line}" for line in todo.lines()), ""])), err=bool(flags["as_json"]))
-    measured = execute(todo, out=out, jobs=flags["jobs"], resume=not flags["no_resume"], progress=not flags["quiet"])
+        say(printable("\n".join(["plan", *(f"  {line}" for line in work.lines), ""])), err=bool(flags["as_json"]))
+    found = work.carry_out(out)
+    _print_report(found, quiet=flags["quiet"], as_json=bool(flags["as_json"]))
+    return 1 if found.failed else 0
 
-    from spectra.report.build import build_report
-    from spectra.report.files import write_report
 
-    data = build_report(measured)
-    written = write_report(measured, out, data=data)
-    _print_report(data, written, quiet=flags["quiet"], as_json=bool(flags["as_json"]))
-    return 1 if data.failed else 0
+@dataclass(frozen=True)
+class _Found:
+    """What the terminal gets of a report that is written."""
+
+    verdict: Sequence[str]
+    text: Callable[[Any], str]  # of a painter
+    summary: Mapping[str, Any]
+    written: Sequence[Path]
+    failed: bool
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A planned comparison: what it would do in words, its folder without ``--out``, and how to carry it out."""
+
+    lines: Sequence[str]
+    folder: str
+    carry_out: Callable[[Path], _Found]
+
+
+def _planned(base: str, tuned: str, flags: Mapping[str, Any]) -> _Work:
+    if flags["update_base"] is not None or flags["also"]:
+        return _several(base, tuned, flags)
+    try:
+        return _one(base, tuned, flags)
+    except UsageError as error:
+        adapters = [_is_adapter(ref, flags) for ref in (base, tuned)]
+        if all(adapters):  # they name their base themselves
+            return _several(base, tuned, flags)
+        if adapters[0]:
+            raise UsageError(f"{error}. To compare two updates with each other, say of what: --base REF") from error
+        raise
+
+
+def _one(base: str, tuned: str, flags: Mapping[str, Any]) -> _Work:
+    """One update: a base and what became of it."""
+    from spectra.comparison import execute, plan
+
+    todo = plan(base, tuned, rank=flags["rank"], **_asked(flags))
+
+    def carry_out(out: Path) -> _Found:
+        run = execute(todo, out=out, **_running(flags))
+
+        from spectra.report.build import build_report, summary
+        from spectra.report.files import write_report
+        from spectra.report.terminal import render
+
+        data = build_report(run)
+        written = write_report(run, out, data=data)
+        return _Found(
+            data.verdict, lambda paint: render(data, paint=paint), summary(data), written, bool(data.failed)
+        )  # fmt: skip
+
+    return _Work(todo.lines(), default_out(tuned), carry_out)
+
+
+def _several(a: str, b: str, flags: Mapping[str, Any]) -> _Work:
+    """Two or more updates of one base."""
+    from spectra.pairwise import execute_geometry, plan_geometry
+
+    rank = {} if flags["rank"] is None else {"rank": flags["rank"]}
+    todo = plan_geometry(a, b, flags["update_base"], also=flags["also"], **rank, **_asked(flags))
+
+    def carry_out(out: Path) -> _Found:
+        geometry = execute_geometry(todo, out=out, **_running(flags))
+
+        from spectra.report.pairs.build import build_report, summary
+        from spectra.report.pairs.files import write_report
+        from spectra.report.pairs.terminal import render
+
+        data = build_report(geometry)
+        written = write_report(geometry, out, data=data)
+        return _Found(
+            data.verdict, lambda paint: render(data, paint=paint), summary(data), written, bool(data.failed)
+        )  # fmt: skip
+
+    folder = "-and-".join([default_out(a), *(default_out(ref).removeprefix("spectra-") for ref in (b, *flags["also"]))])
+    return _Work(todo.lines(), folder[:120], carry_out)
+
+
+def _asked(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags that change what is measured or read."""
+    names = ("exact", "include", "exclude", "device", "max_memory", "seed", "trust_pickle", "offline", "allow_partial")
+    return {name: flags[name] for name in names}
+
+
+def _running(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags that change how a plan is carried out."""
+    return {"jobs": flags["jobs"], "resume": not flags["no_resume"], "progress": not flags["quiet"]}
+
+
+def _is_adapter(ref: str, flags: Mapping[str, Any]) -> bool:
+    from spectra.checkpoints import Adapter, open_checkpoint
+
+    try:
+        return isinstance(
+            open_checkpoint(ref, trust_pickle=flags["trust_pickle"], offline=flags["offline"]), Adapter
+        )  # fmt: skip
+    except SpectraError:
+        return False
 
 
 def default_out(tuned: str) -> str:
@@ -198,32 +290,36 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _check(flags: dict[str, Any]) -> None:
     """Refuse what cannot work together, before anything is opened."""
-    if flags["rank"] is not None and flags["exact"]:
+    several = flags["update_base"] is not None or flags["also"]  # --rank and --exact ask for different things of them
+    if flags["rank"] is not None and flags["exact"] and not several:
         raise click.UsageError("--rank K asks for part of the spectrum and --exact for all of it: give one of them.")
-    if flags["update_base"] is not None:
-        raise UsageError(
-            "--base, for comparing two updates of one base, is not in this version: give the base as BASE and one "
-            "update as TUNED, and make a report of each"
-        )
     if flags["as_json"] not in (None, "-"):
         raise click.UsageError("--json takes only - (stdout): the file summary.json is written to --out in any case.")
     if flags["as_json"] and flags["dry_run"]:
         raise click.UsageError("--dry-run computes nothing, so there is no summary for --json to print.")
 
 
-def _print_report(data: ReportData, written: list[Path], *, quiet: bool, as_json: bool) -> None:
-    from spectra.report.build import summary
-    from spectra.report.terminal import ansi, plain, render
+def _print_report(found: _Found, *, quiet: bool, as_json: bool) -> None:
+    from spectra.report.terminal import ansi, plain
     from spectra.report.text import dump
 
     paint = ansi if _coloured(sys.stderr if as_json else sys.stdout) else plain
-    text = "".join(f"{sentence}\n" for sentence in data.verdict) if quiet else render(data, paint=paint)
+    text = "".join(f"{sentence}\n" for sentence in found.verdict) if quiet else found.text(paint)
     say(text, err=as_json, color=True)
-    say(printable("\n".join(["written", *(f"  {path}" for path in written)])), err=as_json)
+    say(printable("\n".join(["written", *(f"  {line}" for line in _in_few_lines(found.written))])), err=as_json)
     if as_json:
-        say(dump(summary(data), indent=1))
-    if data.failed:
+        say(dump(found.summary, indent=1))
+    if found.failed:
         tell("error: some tensors could not be analysed; the flags above and their rows say why")
+
+
+def _in_few_lines(paths: Sequence[Path]) -> list[str]:
+    """The files written, more than a dozen figures as their folder: several updates leave five for every pair."""
+    figures = [path for path in paths if path.parent.name == "figures"]
+    if len(figures) <= MANY_FIGURES:
+        return [str(path) for path in paths]
+    rest = [str(path) for path in paths if path not in figures]
+    return [*rest, f"{figures[0].parent}{os.sep} ({len(figures)} files)"]
 
 
 def _coloured(stream: Any) -> bool:

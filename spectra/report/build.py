@@ -107,10 +107,10 @@ def manifest(data: ReportData) -> dict[str, Any]:
     data : ReportData
         Content of the report.
     """
-    return {"schema": SCHEMA, "command": data.command, **_plain(dict(data.info))}
+    return {"schema": SCHEMA, "command": data.command, **json_ready(dict(data.info))}
 
 
-def command_line(base: str, tuned: str, settings: Mapping[str, Any]) -> str:
+def command_line(base: str, tuned: str, settings: Mapping[str, Any], *, more: Sequence[str] = ()) -> str:
     """Return the command that makes the same report, quoted for a POSIX shell.
 
     Parameters
@@ -119,13 +119,15 @@ def command_line(base: str, tuned: str, settings: Mapping[str, Any]) -> str:
         The checkpoints, as they were given.
     settings : mapping
         ``Run.info["settings"]``; what stands at its default or is not an option is left out.
+    more : sequence of str
+        Words of the command after the two.
 
     Examples
     --------
     >>> command_line("a", "b c", {"rank": 64, "seed": 0, "include": None})
     "python -m spectra.report a 'b c' --rank 64 --seed 0"
     """
-    words = ["python", "-m", "spectra.report", base, tuned]
+    words = ["python", "-m", "spectra.report", base, tuned, *more]
     for name in _OPTIONS:
         if settings.get(name) is not None:
             words += [f"--{name.replace('_', '-')}", str(settings[name])]
@@ -190,20 +192,20 @@ def _totals(rows: Sequence[TensorRow]) -> dict[str, float]:
 
 
 def _group(group: Group, name: str) -> dict[str, Any]:
-    plain = {key: _bounds(v) if isinstance(v, Interval) else v for key, v in vars(group).items() if key != "label"}
-    plain |= {key: finite(plain[key], 12) for key in ("relative", "rounding")}
-    return {name: group.label, **plain}
+    held = {key: _bounds(v) if isinstance(v, Interval) else v for key, v in vars(group).items() if key != "label"}
+    held |= {key: finite(held[key], 12) for key in ("relative", "rounding")}
+    return {name: group.label, **held}
 
 
 def _tensor(row: TensorRow) -> dict[str, Any]:
     """One tensor of the summary: enough to follow the verdict; every column is in ``spectra.parquet``."""
     kept = ("signal_rank", "entropy_rank", "rank_90", "error_r8", "error_r16", "error_r64")
-    plain: dict[str, Any] = {"name": row.name, "status": row.status, "reason": row.reason}
+    held: dict[str, Any] = {"name": row.name, "status": row.status, "reason": row.reason}
     if row.analysed:
-        plain |= {name: _bounds(row.measures[name]) for name in kept}
-        plain["rounding"] = finite(row.rounding, 12)
-    plain["relative_frobenius"] = finite(row.numbers["relative_frobenius"], 12)
-    return plain
+        held |= {name: _bounds(row.measures[name]) for name in kept}
+        held["rounding"] = finite(row.rounding, 12)
+    held["relative_frobenius"] = finite(row.numbers["relative_frobenius"], 12)
+    return held
 
 
 def _bounds(interval: Interval) -> Any:
@@ -215,14 +217,20 @@ def _bounds(interval: Interval) -> Any:
     return [finite(interval.low, 12), finite(interval.high, 12)]
 
 
-def _plain(value: Any) -> Any:
-    """Return a copy with nothing that JSON lacks: numpy scalars, tuples, paths, NaN."""
+def json_ready(value: Any) -> Any:
+    """Return a copy with nothing that JSON lacks: numpy scalars, tuples, paths, NaN.
+
+    Parameters
+    ----------
+    value : object
+        Anything made of mappings, sequences and scalars.
+    """
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): json_ready(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [json_ready(v) for v in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (str, bool, int)):
         return value
-    return _plain(value.item()) if hasattr(value, "item") else str(value)
+    return json_ready(value.item()) if hasattr(value, "item") else str(value)

@@ -1,80 +1,24 @@
-"""The four figures of a report as SVG bytes, and the same figures made ready to stand inside the page.
-
-Text stays text (``svg.fonttype: none``): it can be searched, selected, read aloud and set in a journal's face, and the
-files are a fraction of the size of outlined glyphs. What that costs, that a reader without DejaVu Sans sees another
-sans-serif, moves no label: every one is anchored where it is drawn.
-"""
+"""The four figures of a report on one update: spectra, truncation errors, two maps."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from spectra.plot import (
-    DASHES,
-    DEPTHS,
-    RANK_MARKS,
-    SERIES,
-    draw_error_curve,
-    plot_heatmap,
-    style_error_axes,
-    tidy,
-)
+from spectra.plot import DASHES, DEPTHS, RANK_MARKS, SERIES, draw_error_curve, style_error_axes, tidy
 from spectra.report.build import ReportData
+from spectra.report.drawing import FAINT, Drawing, drawing_style, evenly_at, finished, heat_map_drawing
 from spectra.report.rows import TensorRow
-from spectra.report.tables import HeatMap
 from spectra.report.text import counted, elide, number, visible
 
-INK, FAINT = "#1f2328", "#6b7280"
 PANELS = 6  # roles drawn; the caption names those that are not
 LINES = 12  # spectra a panel: one a depth step
 POINTS = 60  # points a line in the overlay
 DECADES = 5  # that the overlay's axis spans at most: the part of a spectrum that a reader can compare
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "spectra",  # element ids from content alone: the same bytes every time
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9.0,
-    "axes.titlesize": 9.0,
-    "axes.labelsize": 9.0,
-    "legend.fontsize": 8.0,
-    "xtick.labelsize": 8.0,
-    "ytick.labelsize": 8.0,
-    "text.parse_math": False,  # a role may hold "$"
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "axes.linewidth": 0.7,
-    "axes.facecolor": "none",
-    "path.simplify": False,
-}
-_SVG = "{http://www.w3.org/2000/svg}"
-_HREF = "{http://www.w3.org/1999/xlink}href"
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """One figure: its file's stem, its title, what it shows in a sentence, and the SVG document."""
-
-    key: str
-    title: str
-    caption: str
-    svg: bytes
 
 
 def draw_figures(data: ReportData) -> tuple[Drawing, ...]:
@@ -94,38 +38,10 @@ def draw_figures(data: ReportData) -> tuple[Drawing, ...]:
     roles = _main_roles(data.rows)
     if not roles:
         return ()
-    with matplotlib.rc_context(cast("Any", _STYLE)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing", category=UserWarning)
+    with drawing_style():
         drawings = [_spectra(roles), _truncation(roles)]
-        drawings += [_heat_map(heat_map) for heat_map in data.maps]
+        drawings += [heat_map_drawing(heat_map) for heat_map in data.maps]
     return tuple(drawings)
-
-
-def inline(drawing: Drawing) -> str:
-    """Return a figure as an ``<svg>`` element for the page: no style of its own, colours that follow the theme.
-
-    Parameters
-    ----------
-    drawing : Drawing
-        A figure of `draw_figures`.
-
-    Notes
-    -----
-    matplotlib writes ``style="…"`` attributes and a ``<style>`` that would reach the whole page. Both become plain
-    presentation attributes, so that the page's content policy can forbid every inline style.
-    """
-    root = ElementTree.fromstring(drawing.svg)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag in (f"{_SVG}metadata", f"{_SVG}style") or child.get("id") == "patch_1":  # the white paper
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = element.tag.removeprefix(_SVG)
-        _plain_attributes(element, drawing.key)
-    for attribute in ("width", "height", "version"):
-        root.attrib.pop(attribute, None)
-    root.set("class", "figure")
-    return ElementTree.tostring(root, encoding="unicode")
 
 
 def _main_roles(rows: Sequence[TensorRow]) -> dict[str, list[TensorRow]]:
@@ -159,14 +75,14 @@ def _spectra(roles: Mapping[str, list[TensorRow]]) -> Drawing:
         "rounding floor (median over layers); values beneath it cannot be told from rounding. Dotted: "
         "Marchenko–Pastur edge, where pure noise of the same size would end (median over layers)."
     )
-    return _drawing("spectra", "Spectra of the updates", caption, figure)
+    return finished("spectra", "Spectra of the updates", caption, figure)
 
 
 def _spectra_panel(ax: Axes, role: str, held: Sequence[TensorRow], layers: Sequence[int]) -> None:
     ordered = sorted(held, key=lambda r: r.layer or 0)
     for row in _evenly(ordered, LINES):
         index, values = np.asarray(row.curve.index), np.asarray(row.curve.values)
-        pick = _evenly_at(len(index), POINTS)
+        pick = evenly_at(len(index), POINTS)
         index, values = index[pick], values[pick]
         color = _depth_color(row.layer, layers)
         ax.plot(index[values > 0], values[values > 0], color=color, linewidth=1.0)
@@ -218,7 +134,7 @@ def _truncation(roles: Mapping[str, list[TensorRow]]) -> Drawing:
         "What the best matrix of rank r leaves of an update, ‖Δ − Δᵣ‖ / ‖Δ‖: the median over layers of each role, with "
         "dots at ranks 8, 16 and 64. A shaded band, where there is one, is the certified interval of truncated spectra."
     )
-    return _drawing("truncation", "Truncation error", caption, figure)
+    return finished("truncation", "Truncation error", caption, figure)
 
 
 def _median_curve(held: Sequence[TensorRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -233,78 +149,8 @@ def _median_curve(held: Sequence[TensorRow]) -> tuple[np.ndarray, np.ndarray, np
     return np.asarray(common), np.median(low, axis=0), np.median(high, axis=0)
 
 
-def _heat_map(heat_map: HeatMap) -> Drawing:
-    rows, columns = len(heat_map.roles), len(heat_map.layers)
-    figure = Figure(figsize=(7.0, 0.9 + 0.3 * rows), layout="constrained")
-    ax = figure.subplots()
-    scale = 100.0
-    values = [[cell.value * scale if cell else math.nan for cell in line] for line in heat_map.cells]
-    wide = columns <= 14
-    plot_heatmap(
-        ax,
-        values,
-        row_labels=[elide(visible(role), 34) for role in heat_map.roles],
-        col_labels=[_layer_label(n, i, columns) for i, n in enumerate(heat_map.layers)],
-        label=f"{heat_map.unit}, %",
-        texts=[[cell.text if cell else "" for cell in line] for line in heat_map.cells] if wide else None,
-    )
-    ax.set_xlabel("layer")
-    return _drawing(heat_map.key, heat_map.title, heat_map.caption, figure)
-
-
-def _layer_label(layer: int | None, place: int, columns: int) -> str:
-    if layer is None:
-        return "none"
-    return str(layer) if columns <= 24 or place % (columns // 12) == 0 else ""
-
-
-def _drawing(key: str, title: str, caption: str, figure: Figure) -> Drawing:
-    held = io.BytesIO()
-    figure.savefig(held, format="svg", metadata={"Date": None, "Creator": None})
-    return Drawing(key, title, caption, _titled(held.getvalue(), key, title, caption))
-
-
-def _titled(svg: bytes, key: str, title: str, caption: str) -> bytes:
-    """Give the document a title and a description, which a screen reader reads out."""
-    from xml.sax.saxutils import escape
-
-    start = svg.index(b"<svg")
-    end = svg.index(b">", start)
-    named = f' role="img" aria-labelledby="{key}-title {key}-desc"'
-    told = f'\n <title id="{key}-title">{escape(title)}</title>\n <desc id="{key}-desc">{escape(caption)}</desc>'
-    return svg[:end] + named.encode() + b">" + told.encode() + svg[end + 1 :]
-
-
-def _plain_attributes(element: ElementTree.Element, key: str) -> None:
-    """Turn ``style`` into attributes, colours into theme variables, and make ids unique on the page."""
-    for declaration in element.attrib.pop("style", "").split(";"):
-        name, _, value = declaration.partition(":")
-        if value and name.strip() != "font-family":
-            element.set(name.strip(), value.strip())
-    if _HREF in element.attrib:
-        element.set("href", "#" + key + "-" + element.attrib.pop(_HREF).lstrip("#"))
-    if "id" in element.attrib and not element.get("id", "").startswith(f"{key}-"):
-        element.set("id", f"{key}-{element.get('id')}")
-    for name, value in list(element.attrib.items()):
-        themed = _THEME.get(value.lower())
-        if themed and name in ("fill", "stroke"):
-            element.set(name, f"var({themed})")
-        elif value.startswith("url(#"):
-            element.set(name, f"url(#{key}-{value[5:]}")
-    if element.tag == "text" and "fill" not in element.attrib:
-        element.set("fill", "var(--ink)")
-    if element.text and element.tag == "path":
-        element.text = None
-    if "d" in element.attrib:
-        element.set("d", re.sub(r"\s+", " ", element.get("d", "")).strip())
-
-
 def _evenly(rows: Sequence[TensorRow], most: int) -> list[TensorRow]:
-    return [rows[i] for i in _evenly_at(len(rows), most)]
-
-
-def _evenly_at(count: int, most: int) -> list[int]:
-    return [int(i) for i in np.unique(np.rint(np.linspace(0, count - 1, min(count, most))).astype(int))]
+    return [rows[i] for i in evenly_at(len(rows), most)]
 
 
 def _depth_color(layer: int | None, layers: Sequence[int]) -> str:
@@ -316,10 +162,3 @@ def _depth_color(layer: int | None, layers: Sequence[int]) -> str:
 def _median(values: Iterable[float]) -> float:
     known = [v for v in values if math.isfinite(v)]
     return float(np.median(known)) if known else math.nan
-
-
-_THEME = (
-    {INK: "--ink", FAINT: "--faint"}
-    | {color: f"--series-{i}" for i, color in enumerate(SERIES)}
-    | {color: f"--depth-{i}" for i, color in enumerate(DEPTHS)}
-)

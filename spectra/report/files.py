@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from spectra.errors import JournalError
 from spectra.report.build import ReportData, build_report, manifest, summary
+from spectra.report.drawing import Drawing
 from spectra.report.figures import draw_figures
 from spectra.report.page import render_page
 from spectra.report.rows import RunLike
@@ -37,22 +39,52 @@ def write_report(run: RunLike, out: str | os.PathLike[str], *, data: ReportData 
     OSError
         If a file cannot be written; whatever stood there before is whole.
     """
-    folder = Path(out)
     data = build_report(run) if data is None else data
+    drawings = draw_figures(data)
+    texts = {
+        "report.html": render_page(data, drawings),
+        "summary.json": dump(summary(data), indent=1) + "\n",
+        "manifest.json": dump(manifest(data), indent=1) + "\n",
+    }
+    return write_folder(Path(out), texts, drawings, save=run.save, saved="spectra.parquet")
+
+
+def write_folder(
+    folder: Path, texts: Mapping[str, str], drawings: Iterable[Drawing], *, save: Callable[[Path], object], saved: str
+) -> list[Path]:
+    """Write the files of a report into one folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if it is not there.
+    texts : mapping
+        Files by name, the page first.
+    drawings : iterable of Drawing
+        What goes to ``figures/``.
+    save : callable
+        Writes the numbers behind it, a file called `saved`.
+    saved : str
+        Its name.
+
+    Returns
+    -------
+    list of Path
+        What was written, the page first.
+
+    Raises
+    ------
+    JournalError
+        If ``figures`` is a symbolic link.
+    """
     figures = folder / "figures"
     if figures.is_symlink():
         raise JournalError(f"{figures} is a symbolic link; the report writes inside {folder} only: remove the link")
     figures.mkdir(parents=True, exist_ok=True)
-    run.save(folder)
-    drawings = draw_figures(data)
-    texts = {
-        folder / "report.html": render_page(data, drawings),
-        folder / "summary.json": dump(summary(data), indent=1) + "\n",
-        folder / "manifest.json": dump(manifest(data), indent=1) + "\n",
-    }
-    written = [write_atomically(path, text.encode()) for path, text in texts.items()]
+    save(folder)
+    written = [write_atomically(folder / name, text.encode()) for name, text in texts.items()]
     written += [write_atomically(figures / f"{drawing.key}.svg", drawing.svg) for drawing in drawings]
-    return [*written[:1], folder / "spectra.parquet", *written[1:]]
+    return [*written[:1], folder / saved, *written[1:]]
 
 
 def write_atomically(path: Path, content: bytes) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from spectra.report.rows import TensorRow
 from spectra.report.text import counted, listed, percent, visible
@@ -25,6 +25,18 @@ class Flag:
     positions: tuple[int, ...] = ()
 
 
+class Named(Protocol):
+    """What a flag needs of a row."""
+
+    @property
+    def name(self) -> str:
+        """As stored."""
+
+    @property
+    def position(self) -> int:
+        """Place in the table."""
+
+
 def find_flags(rows: Sequence[TensorRow], info: Mapping[str, Any]) -> tuple[Flag, ...]:
     """List the flags of a run, alarms first.
 
@@ -36,12 +48,23 @@ def find_flags(rows: Sequence[TensorRow], info: Mapping[str, Any]) -> tuple[Flag
         `spectra.Run.info`.
     """
     found = [flag for rule in _RULES for flag in rule(rows)]
-    found += _input_flags(info)
+    transforms = info.get("matching", {}).get("transforms", ())
+    found += input_flags([(f"the {side}", info.get(side, {})) for side in ("base", "tuned")], info, transforms)
     return tuple(sorted(found, key=lambda flag: flag.level != "alarm"))
 
 
-def _flag(level: str, kind: str, rows: Iterable[TensorRow], words: Callable[[int, str], str]) -> list[Flag]:
-    """Return one flag on these rows, or none; `words` gets their count and their names."""
+def flag_on(level: str, kind: str, rows: Iterable[Named], words: Callable[[int, str], str]) -> list[Flag]:
+    """Return one flag on these rows, or none.
+
+    Parameters
+    ----------
+    level, kind : str
+        As in `Flag`.
+    rows : iterable of TensorRow or MatrixRow
+        What it is about.
+    words : callable
+        Gets their count and their names, and says what is to be known.
+    """
     held = list(rows)
     if not held:
         return []
@@ -58,25 +81,25 @@ def _failures(rows: Sequence[TensorRow]) -> list[Flag]:
         return [r for r in rows if r.status == status]
 
     return [
-        *_flag(
+        *flag_on(
             "alarm",
             "nonfinite",
             of("nonfinite"),
             lambda n, names: f"{counted(n, 'tensor')} with NaN or infinite entries, left out of every number: {names}.",
         ),
-        *_flag(
+        *flag_on(
             "alarm",
             "unsupported_dtype",
             of("unsupported_dtype"),
             lambda n, names: f"{counted(n, 'tensor')} of a dtype that cannot be read here: {names}.",
         ),
-        *_flag(
+        *flag_on(
             "alarm",
             "failed",
             of("failed"),
             lambda n, names: f"{counted(n, 'tensor')} failed to be analysed, the reason stands in the row: {names}.",
         ),
-        *_flag(
+        *flag_on(
             "alarm",
             "shape_mismatch",
             of("shape_mismatch"),
@@ -87,7 +110,7 @@ def _failures(rows: Sequence[TensorRow]) -> list[Flag]:
 
 def _rounding(rows: Sequence[TensorRow]) -> list[Flag]:
     return [
-        *_flag(
+        *flag_on(
             "alarm",
             "mostly_rounding",
             (r for r in rows if r.mostly_rounding),
@@ -96,13 +119,13 @@ def _rounding(rows: Sequence[TensorRow]) -> list[Flag]:
                 f"squared norm): effective ranks there count rounding; read the directions above the floor. {names}."
             ),
         ),
-        *_flag(
+        *flag_on(
             "alarm",
             "no_signal",
             (r for r in rows if r.analysed and r.measures["signal_rank"].high == 0),
             lambda n, names: f"{counted(n, 'update')} without one direction above the storage floor: {names}.",
         ),
-        *_flag(
+        *flag_on(
             "alarm",
             "dead_zone",
             (r for r in rows if r.analysed and r.numbers["zero_fraction"] > DEAD_ZONE and not r.factored),
@@ -117,7 +140,7 @@ def _rounding(rows: Sequence[TensorRow]) -> list[Flag]:
 
 def _merge_loss(rows: Sequence[TensorRow]) -> list[Flag]:
     worst = percent(max((r.numbers["merge_loss"] for r in rows), default=0.0))
-    return _flag(
+    return flag_on(
         "note",
         "merge_loss",
         rows,
@@ -130,19 +153,19 @@ def _merge_loss(rows: Sequence[TensorRow]) -> list[Flag]:
 
 def _matching(rows: Sequence[TensorRow]) -> list[Flag]:
     return [
-        *_flag(
+        *flag_on(
             "note",
             "base_only",
             (r for r in rows if r.status == "base_only"),
             lambda n, names: f"{counted(n, 'tensor')} only in the base: {names}.",
         ),
-        *_flag(
+        *flag_on(
             "note",
             "tuned_only",
             (r for r in rows if r.status == "tuned_only"),
             lambda n, names: f"{counted(n, 'tensor')} only in the tuned checkpoint: {names}.",
         ),
-        *_flag(
+        *flag_on(
             "note",
             "compared_in_part",
             (r for r in rows if r.analysed and r.reason),
@@ -150,13 +173,13 @@ def _matching(rows: Sequence[TensorRow]) -> list[Flag]:
                 f"{counted(n, 'tensor')} not compared plainly entry for entry, how stands in the row: {names}."
             ),
         ),
-        *_flag(
+        *flag_on(
             "note",
             "alias",
             (r for r in rows if r.status == "alias"),
             lambda n, names: f"{counted(n, 'name')} tied to another tensor, counted once: {names}.",
         ),
-        *_flag(
+        *flag_on(
             "note",
             "dtype_changed",
             (r for r in rows if r.analysed and r.dtype_base and r.dtype_tuned and r.dtype_base != r.dtype_tuned),
@@ -169,7 +192,7 @@ def _matching(rows: Sequence[TensorRow]) -> list[Flag]:
 
 
 def _spectra(rows: Sequence[TensorRow]) -> list[Flag]:
-    return _flag(
+    return flag_on(
         "note",
         "truncated",
         (r for r in rows if r.truncated),
@@ -180,7 +203,20 @@ def _spectra(rows: Sequence[TensorRow]) -> list[Flag]:
     )
 
 
-def _input_flags(info: Mapping[str, Any]) -> list[Flag]:
+def input_flags(
+    sides: Sequence[tuple[str, Mapping[str, Any]]], info: Mapping[str, Any], transforms: Iterable[str] = ()
+) -> list[Flag]:
+    """List what is to be known of the inputs: what was left out, taken on trust, renamed or hashed in part.
+
+    Parameters
+    ----------
+    sides : sequence of (str, mapping)
+        Each input's name in a sentence, and what is known of it.
+    info : mapping
+        Where ``settings`` stand.
+    transforms : iterable of str
+        What was done to names so that they match.
+    """
     flags = []
     settings = info.get("settings", {})
     for key, said in (("include", "only names that match"), ("exclude", "no name that matches")):
@@ -188,14 +224,12 @@ def _input_flags(info: Mapping[str, Any]) -> list[Flag]:
             flags.append(Flag("note", key, f"Restricted by --{key}: {said} {visible(str(settings[key]))}."))
     if settings.get("trust_pickle"):
         flags.append(Flag("note", "trust_pickle", "Pickled weights were accepted (--trust-pickle), tensors only."))
-    for sentence in info.get("matching", {}).get("transforms", ()):
+    for sentence in transforms:
         flags.append(Flag("note", "names", f"Names: {visible(str(sentence)).rstrip('.')}."))
-    for side in ("base", "tuned"):
-        for sentence in info.get(side, {}).get("notes", ()):
-            flags.append(Flag("note", "input", f"Of the {side}: {visible(str(sentence)).rstrip('.')}."))
-    sampled = [
-        d["name"] for side in ("base", "tuned") for d in info.get(side, {}).get("digests", ()) if d.get("sampled")
-    ]
+    for said, side in sides:
+        for sentence in side.get("notes", ()):
+            flags.append(Flag("note", "input", f"Of {said}: {visible(str(sentence)).rstrip('.')}."))
+    sampled = [d["name"] for _, side in sides for d in side.get("digests", ()) if d.get("sampled")]
     if sampled:
         text = f"Digests of {counted(len(sampled), 'large file')} are of samples, not of every byte: {listed(sampled)}."
         flags.append(Flag("note", "sampled_digests", text))

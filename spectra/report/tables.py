@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from spectra.report.rows import Interval, TensorRow, median, pooled
 from spectra.report.text import counted, number, percent, significant
@@ -42,7 +43,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A layer × role map. `layers` holds None for tensors outside every layer."""
+    """A layer × role map. `layers` holds None for tensors outside every layer.
+
+    `kind` says how the ends of its scale are printed: ``"share"`` (as percentages) or ``"number"``. The scale goes from
+    the least cell to the greatest, or `from_zero`.
+    """
 
     key: str
     title: str
@@ -51,6 +56,29 @@ class HeatMap:
     roles: tuple[str, ...]
     layers: tuple[int | None, ...]
     cells: tuple[tuple[Cell | None, ...], ...]
+    kind: str = "share"
+    from_zero: bool = False
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Values at the two ends of the colour scale."""
+        values = [c.value for line in self.cells for c in line if c and math.isfinite(c.value)]
+        return (0.0 if self.from_zero else min(values), max(values)) if values else (math.nan, math.nan)
+
+
+class Placed(Protocol):
+    """What a map needs of a row."""
+
+    @property
+    def role(self) -> str:
+        """What the matrix does in its layer."""
+
+    @property
+    def layer(self) -> int | None:
+        """None outside every layer."""
+
+
+Row = TypeVar("Row", bound=Placed)
 
 
 def group_rows(rows: Sequence[TensorRow], key: Callable[[TensorRow], str]) -> tuple[Group, ...]:
@@ -117,7 +145,7 @@ def heat_maps(rows: Sequence[TensorRow]) -> tuple[HeatMap, ...]:
     held = [r for r in rows if r.analysed]
     if not held:
         return ()
-    change = _map(
+    change = layer_role_map(
         held,
         "relative_change",
         "Relative change",
@@ -125,7 +153,7 @@ def heat_maps(rows: Sequence[TensorRow]) -> tuple[HeatMap, ...]:
         "How far each matrix moved: ‖Δ‖ / ‖W‖, Frobenius norms, W the base.",
         _change_cell,
     )
-    rank = _map(
+    rank = layer_role_map(
         held,
         "effective_rank",
         "Effective rank",
@@ -202,30 +230,44 @@ def _group(label: str, rows: Sequence[TensorRow]) -> Group:
     )
 
 
-def _map(
-    rows: Sequence[TensorRow],
+def layer_role_map(
+    rows: Sequence[Row],
     key: str,
     title: str,
     unit: str,
     caption: str,
-    cell: Callable[[Sequence[TensorRow]], Cell],
+    cell: Callable[[Sequence[Row]], Cell],
+    *,
+    kind: str = "share",
+    from_zero: bool = False,
 ) -> HeatMap:
+    """Lay rows out by role and layer.
+
+    Parameters
+    ----------
+    rows : sequence of TensorRow or MatrixRow
+        What the map shows; several of one place become one cell.
+    key, title, unit, caption, kind, from_zero
+        As in `HeatMap`.
+    cell : callable
+        Makes a cell of the rows of one place.
+    """
     roles = tuple(dict.fromkeys(r.role for r in rows))
     layers = tuple(sorted({r.layer for r in rows}, key=lambda n: (n is None, n or 0)))
-    members: dict[tuple[str, int | None], list[TensorRow]] = {}
+    members: dict[tuple[str, int | None], list[Row]] = {}
     for row in rows:
         members.setdefault((row.role, row.layer), []).append(row)
     cells = tuple(
         tuple(cell(members[role, layer]) if (role, layer) in members else None for layer in layers) for role in roles
     )
-    return HeatMap(key, title, unit, caption, roles, layers, cells)
+    return HeatMap(key, title, unit, caption, roles, layers, cells, kind, from_zero)
 
 
 def _change_cell(rows: Sequence[TensorRow]) -> Cell:
     value = pooled(rows)
     most = max(rows, key=lambda r: r.numbers["relative_frobenius"])
     text = significant(100 * value, 2) if math.isfinite(value) else number(value)
-    return Cell(value, text, "", f"{percent(value)} of its norm{_together(rows)}", most.position)
+    return Cell(value, text, "", f"{percent(value)} of its norm{together(rows)}", most.position)
 
 
 def _rank_cell(rows: Sequence[TensorRow]) -> Cell:
@@ -235,12 +277,19 @@ def _rank_cell(rows: Sequence[TensorRow]) -> Cell:
     most = max(rows, key=lambda r: r.numbers["relative_frobenius"])
     spoken = (
         f"entropy rank {span(ranks)} of {most.limit}, {share_span(share)}; "
-        f"{span(signal)} above the storage floor{_together(rows)}"
+        f"{span(signal)} above the storage floor{together(rows)}"
     )
     return Cell(share.middle, span(ranks, 2), span(signal, 2), spoken, most.position)
 
 
-def _together(rows: Sequence[TensorRow]) -> str:
+def together(rows: Sequence[Placed]) -> str:
+    """Say of a cell that it stands for several matrices, where it does.
+
+    Parameters
+    ----------
+    rows : sequence of TensorRow or MatrixRow
+        The rows of one cell.
+    """
     return (
         f" ({counted(len(rows), 'matrix', 'matrices')} together; opens the one that moved most)"
         if len(rows) > 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from spectra.report.build import ReportData
+from spectra.report.flags import Flag
 from spectra.report.tables import Group, share_span, span
-from spectra.report.text import counted, elide, listed, percent, size, trace, visible, width
+from spectra.report.text import counted, elide, listed, percent, size, take, trace, visible, width
 
 COLUMNS = 80
 _LEAST_LABEL = 12  # columns kept for the name of a role, however wide the numbers are
@@ -62,55 +62,91 @@ def render(data: ReportData, *, paint: Paint = plain) -> str:
         [*_inputs(data)],
         _table("by role", "role", data.by_role, paint),
         _table("by layer", "layer", data.by_layer, paint),
-        _flags(data, paint),
-        _verdict(data, paint),
+        flag_lines(data.flags, paint),
+        verdict_lines(data.verdict, paint),
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
 
 def _inputs(data: ReportData) -> list[str]:
-    lines = [_side(label, data.info.get(label, {}), data) for label in ("base", "tuned")]
+    lines = []
+    for label in ("base", "tuned"):
+        dtypes = sorted({getattr(row, f"dtype_{label}") for row in data.rows} - {""})
+        lines.append(side_line(label, data.info.get(label, {}), dtypes))
     matching = data.info.get("matching", {})
     if matching:
         share = percent(matching["share"])
         lines.append(f"matched {matching['matched']} of {counted(matching['total'], 'tensor')} ({share})")
         for sentence in matching.get("transforms", ()):
-            lines += _wrapped(visible(str(sentence)), "        ")
+            lines += wrapped(visible(str(sentence)), "        ")
     statuses = ", ".join(f"{count} {visible(status)}" for status, count in data.statuses.items())
-    return [*lines, *_wrapped(f"rows    {statuses}", "        ", first="")]
+    return [*lines, *wrapped(f"rows    {statuses}", "        ", first="")]
 
 
-def _side(label: str, side: dict[str, Any], data: ReportData) -> str:
+def side_line(label: str, side: Mapping[str, Any], dtypes: Sequence[str]) -> str:
+    """Return one input in a line: how it was given, what it holds.
+
+    Parameters
+    ----------
+    label : str
+        What it is called here.
+    side : mapping
+        Its part of ``info``.
+    dtypes : sequence of str
+        Stored element types.
+    """
     facts = []
     if side.get("tensors") is not None:
         facts.append(counted(side["tensors"], "tensor"))
     if side.get("bytes"):
         facts.append(size(side["bytes"]))
-    dtypes = sorted({getattr(row, f"dtype_{label}") for row in data.rows} - {""})
     if dtypes:
         facts.append(listed(dtypes))
     told = f"  ({', '.join(facts)})" if facts else ""
     ref = visible(str(side.get("ref", label)))
-    return f"{label:<8}{elide(ref, max(COLUMNS - 8 - width(told), 20))}{told}"
+    head = label + " " * max(8 - width(label), 1)
+    return f"{head}{elide(ref, max(COLUMNS - width(head) - width(told), 20))}{told}"
 
 
 def _table(title: str, label: str, groups: Sequence[Group], paint: Paint) -> list[str]:
-    """Return an aligned table; a label too wide for its column stands on a line of its own."""
     if not groups:
         return []
     heads = [
         ("", "", "‖Δ‖", "entropy", "above", "", "90 %", "error", "round-"),
         (label, "n", "/ ‖W‖", "rank", "floor", "of", "takes", "r = 16", "ing"),
     ]
-    lines = [*heads, *(_cells(group) for group in groups)]
+    return aligned(title, heads, [_cells(g) for g in groups], paint, [bool(g.mostly_rounding) for g in groups])
+
+
+def aligned(
+    title: str,
+    heads: Sequence[tuple[str, ...]],
+    rows: Sequence[tuple[str, ...]],
+    paint: Paint,
+    alarms: Sequence[bool] = (),
+) -> list[str]:
+    """Return the lines of a table; a label too wide for its column stands on a line of its own.
+
+    Parameters
+    ----------
+    title : str
+        Stands above it.
+    heads, rows : sequence of tuple of str
+        Cells, the label first.
+    paint : callable
+        `plain` or `ansi`.
+    alarms : sequence of bool
+        Rows to be painted as an alarm; none where empty.
+    """
+    lines = [*heads, *rows]
     widths = [max(width(line[i]) for line in lines) for i in range(len(heads[0]))]
     widths[0] = min(widths[0], max(COLUMNS - sum(widths[1:]) - 2 * (len(widths) - 1), _LEAST_LABEL))
     text = [paint(title, "title"), *(paint(_line(head, widths), "faint") for head in heads)]
-    for group, line in zip(groups, lines[2:], strict=True):
+    for line, alarm in zip(rows, alarms or [False] * len(rows), strict=True):
         shown = [_line(line, widths)]
         if width(line[0]) > widths[0]:
             shown = [elide(line[0], COLUMNS), _line(("", *line[1:]), widths)]
-        text += [paint(part, "alarm") for part in shown] if group.mostly_rounding else shown
+        text += [paint(part, "alarm") for part in shown] if alarm else shown
     return text
 
 
@@ -134,24 +170,62 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(padded).rstrip()
 
 
-def _flags(data: ReportData, paint: Paint) -> list[str]:
+def flag_lines(flags: Sequence[Flag], paint: Paint) -> list[str]:
+    """Return the flags, each marked by its level.
+
+    Parameters
+    ----------
+    flags : sequence of Flag
+        Alarms first.
+    paint : callable
+        `plain` or `ansi`.
+    """
     lines = []
-    for flag in data.flags:
+    for flag in flags:
         mark = "!" if flag.level == "alarm" else "·"
-        wrapped = _wrapped(flag.text, "  ", first=f"{mark} ")
-        lines += [paint(line, "alarm") for line in wrapped] if flag.level == "alarm" else wrapped
+        text = wrapped(flag.text, "  ", first=f"{mark} ")
+        lines += [paint(line, "alarm") for line in text] if flag.level == "alarm" else text
     return lines
 
 
-def _verdict(data: ReportData, paint: Paint) -> list[str]:
+def verdict_lines(verdict: Sequence[str], paint: Paint) -> list[str]:
+    """Return the verdict's sentences, numbered.
+
+    Parameters
+    ----------
+    verdict : sequence of str
+        The sentences.
+    paint : callable
+        `plain` or `ansi`.
+    """
     lines = [paint("verdict", "title")]
-    for number, sentence in enumerate(data.verdict, 1):
-        lines += _wrapped(sentence, "   ", first=f"{number}. ")
+    for number, sentence in enumerate(verdict, 1):
+        lines += wrapped(sentence, "   ", first=f"{number}. ")
     return lines
 
 
-def _wrapped(text: str, indent: str, *, first: str | None = None) -> list[str]:
-    start = indent if first is None else first
-    return textwrap.wrap(
-        text, COLUMNS, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False, break_long_words=True
-    )
+def wrapped(text: str, indent: str, *, first: str | None = None) -> list[str]:
+    """Return a text in lines of 80 columns.
+
+    Parameters
+    ----------
+    text : str
+        One paragraph.
+    indent : str
+        Before each line.
+    first : str, optional
+        Before the first one, where that differs.
+    """
+    lines, line = [], indent if first is None else first
+    started = False
+    for word in text.split(" "):  # a hard space holds a number and its sign together
+        if started and width(line) + 1 + width(word) > COLUMNS:
+            lines.append(line)
+            line, started = indent, False
+        while width(line) + width(word) > COLUMNS:
+            part = take(word, COLUMNS - width(line))
+            lines.append(line + part)
+            line, word = indent, word[len(part) :]
+        line += f" {word}" if started else word
+        started = True
+    return [*lines, line]

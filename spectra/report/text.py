@@ -89,11 +89,20 @@ def elide(text: str, columns: int) -> str:
     if len(text) <= 4 * columns and width(text) <= columns:
         return text
     left = (columns - 1) // 2
-    tail = _take(text[::-1][: 4 * columns], columns - 1 - left)
-    return _take(text[: 4 * columns], left) + "…" + tail[::-1]
+    tail = take(text[::-1][: 4 * columns], columns - 1 - left)
+    return take(text[: 4 * columns], left) + "…" + tail[::-1]
 
 
-def _take(text: str, columns: int) -> str:
+def take(text: str, columns: int) -> str:
+    """Return as much of the start of a text as fits into so many columns.
+
+    Parameters
+    ----------
+    text : str
+        Text that `visible` has passed.
+    columns : int
+        Columns it may take.
+    """
     used, kept = 0, []
     for character in text:
         used += _cell(character)
@@ -170,6 +179,22 @@ def percent(share: float | None) -> str:
     if 99.5 <= value < 100.0:
         return "over 99\xa0%"
     return f"{significant(value, 2) if math.isfinite(value) else number(value)}\xa0%"
+
+
+def whole_percent(share: float) -> str:
+    r"""Return a share in whole per cent, which may be negative: how far above chance, where chance itself varies.
+
+    Parameters
+    ----------
+    share : float
+        1.0 is all of it. NaN gives a dash.
+
+    Examples
+    --------
+    >>> whole_percent(0.747), whole_percent(-0.0014), whole_percent(float("nan"))
+    ('75\xa0%', '0\xa0%', '–')
+    """
+    return MISSING if math.isnan(share) else f"{round(100 * share)}\xa0%"
 
 
 def trace(share: float | None) -> str:

@@ -7,7 +7,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from spectra.report import ReportData, build_report
-from spectra.report.figures import draw_figures, inline
+from spectra.report.drawing import inline
+from spectra.report.figures import draw_figures
 from tests.report.planted import adapter_run, row, run_of
 
 SVG = "{http://www.w3.org/2000/svg}"

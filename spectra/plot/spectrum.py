@@ -1,9 +1,4 @@
-"""Plots of spectra on axes that the caller owns: ``f(ax, data)``, numpy and matplotlib only.
-
-Nothing here opens a figure, shows one or touches matplotlib's global state, so the functions serve a notebook, a
-paper's grid of panels and the report alike. Line art never relies on colour alone: bands, dashes and labels say
-the same.
-"""
+"""A spectrum against its index, with the levels that noise reaches; what a low rank would leave out."""
 
 from __future__ import annotations
 
@@ -12,26 +7,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
+
+from spectra.plot.axes import RANK_MARKS, SERIES, next_color, open_frame, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Vector = NDArray[np.float64]
-
-# Okabe and Ito's safe set for colour-blind readers, light ones darkened until each stands 3:1 against white
-# (WCAG 1.4.11).
-SERIES = ("#0072b2", "#c4570a", "#007a5a", "#a2518f", "#967200", "#2f86bb", "#5b606b")
-DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (3, 1)), (0, (8, 2)), (0, (2, 2)))
-# viridis at twelve even steps up to 0.85: the yellow end does not show on white paper.
-DEPTHS = (
-    "#440154", "#481c6e", "#453581", "#3d4d8a", "#33628d", "#2b748e",
-    "#24878e", "#1f9a8a", "#26ad81", "#42be71", "#69cd5b", "#9bd93c",
-)  # fmt: skip
-RANK_MARKS = (8, 16, 64)
-
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @runtime_checkable
@@ -94,7 +78,7 @@ def plot_spectrum(
     ('singular value σᵢ', 'log')
     """
     values = _values(spectrum)
-    color = _next_color(ax) if color is None else color
+    color = next_color(ax) if color is None else color
     index = np.arange(1, len(values) + 1)
     marker = "o" if len(values) <= 24 else ""
     style: dict[str, Any] = {"linewidth": 1.4, "marker": marker, "markersize": 3} | line
@@ -150,7 +134,7 @@ def plot_truncation_error(
     'rank r kept'
     """
     values = _values(spectrum)
-    color = _next_color(ax) if color is None else color
+    color = next_color(ax) if color is None else color
     norm = frobenius if frobenius is not None else getattr(spectrum, "frobenius", None)
     low, high = truncation_curve(values, norm, upper=_upper(spectrum))
     ranks = np.arange(1, len(values) + 1)
@@ -158,65 +142,6 @@ def plot_truncation_error(
     style_error_axes(ax, len(values))
     if label:
         ax.legend(frameon=False)
-
-
-def plot_heatmap(
-    ax: Axes,
-    table: ArrayLike,
-    *,
-    row_labels: Sequence[str] | None = None,
-    col_labels: Sequence[str] | None = None,
-    label: str,
-    cmap: str = "viridis",
-    texts: Sequence[Sequence[str]] | None = None,
-) -> None:
-    """Draw a table of numbers as coloured cells, with a colour bar. Missing cells stay empty.
-
-    Parameters
-    ----------
-    ax : matplotlib.axes.Axes
-        Axes to draw on.
-    table : array_like or DataFrame of shape (rows, cols)
-        Numbers; NaN where there is no cell.
-    row_labels, col_labels : sequence of str, optional
-        Names of the rows and columns; a DataFrame brings its own.
-    label : str
-        What the colour means, with its unit.
-    cmap : str
-        A perceptually even colour map: viridis or cividis.
-    texts : sequence of sequence of str, optional
-        What to print in each cell.
-
-    Raises
-    ------
-    ValueError
-        If the labels do not fit the table.
-
-    Examples
-    --------
-    >>> from matplotlib.figure import Figure
-    >>> ax = Figure().subplots()
-    >>> plot_heatmap(ax, [[0.1, 0.2]], row_labels=["query"], col_labels=["0", "1"], label="‖Δ‖/‖W‖")
-    >>> [t.get_text() for t in ax.get_yticklabels()]
-    ['query']
-    """
-    cells = np.atleast_2d(np.asarray(table, dtype=np.float64))
-    row_labels = _labels(table, "index", cells.shape[0]) if row_labels is None else row_labels
-    col_labels = _labels(table, "columns", cells.shape[1]) if col_labels is None else col_labels
-    if cells.shape != (len(row_labels), len(col_labels)):
-        raise ValueError(f"{cells.shape} cells for {len(row_labels)} row and {len(col_labels)} column labels")
-    # pcolormesh and not imshow: cells stay vector shapes in an SVG.
-    mesh = ax.pcolormesh(np.ma.masked_invalid(cells), cmap=cmap, edgecolors="white", linewidth=0.6)
-    ax.invert_yaxis()
-    ax.set_yticks(np.arange(len(row_labels)) + 0.5, list(row_labels))
-    ax.set_xticks(np.arange(len(col_labels)) + 0.5, list(col_labels))
-    ax.tick_params(length=0)
-    for side in ax.spines.values():
-        side.set_visible(False)
-    bar = cast("Any", ax.figure).colorbar(mesh, ax=ax, label=label, pad=0.02, fraction=0.05)
-    bar.outline.set_visible(False)
-    if texts is not None:
-        _write_cells(ax, mesh, cells, texts)
 
 
 def truncation_curve(
@@ -320,65 +245,7 @@ def style_error_axes(ax: Axes, largest: int) -> None:
     ax.set_ylabel("relative error ‖Δ − Δᵣ‖ / ‖Δ‖")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
-    _open_frame(ax)
-
-
-def power_of_ten(value: float, position: int | None = None) -> str:
-    """Label of a tick on a logarithmic axis, in Unicode: math text in an SVG is laid out glyph by glyph.
-
-    Parameters
-    ----------
-    value : float
-        Position of the tick, positive.
-    position : int, optional
-        Ignored; matplotlib passes it.
-
-    Examples
-    --------
-    >>> power_of_ten(0.001), power_of_ten(10.0), power_of_ten(1.0)
-    ('10⁻³', '10', '1')
-    """
-    if not value > 0:
-        return ""
-    exponent = round(math.log10(value))
-    if exponent in (0, 1, 2) or not math.isclose(value, 10.0**exponent, rel_tol=1e-6):
-        return f"{value:.3g}"
-    return "10" + str(exponent).translate(_SUPERSCRIPT)
-
-
-def tidy(ax: Axes) -> None:
-    """Give logarithmic axes plain decade labels, and open the frame.
-
-    Parameters
-    ----------
-    ax : matplotlib.axes.Axes
-        Axes whose scales are set.
-    """
-    for axis, scale in ((ax.xaxis, ax.get_xscale()), (ax.yaxis, ax.get_yscale())):
-        if scale == "log":
-            low, high = sorted(axis.get_view_interval())
-            short = low > 0 and high / low < 30  # within a decade and a half, decades alone label too little
-            axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0) if short else (1.0,), numticks=8))
-            axis.set_major_formatter(FuncFormatter(power_of_ten))
-            axis.set_minor_formatter(NullFormatter())
-            if low > 0 and high / low > 1e3:  # a forest of minor ticks says nothing there, and is slow to draw
-                axis.set_minor_locator(NullLocator())
-    _open_frame(ax)
-
-
-def _next_color(ax: Axes) -> str:
-    """First colour of `SERIES` that no line of the axes has yet, then round again."""
-    used = {line.get_color() for line in ax.lines}
-    return next((c for c in SERIES if c not in used), SERIES[len(ax.lines) % len(SERIES)])
-
-
-def _labels(table: object, side: str, count: int) -> list[str]:
-    return [str(label) for label in getattr(table, side, range(count))]
-
-
-def _open_frame(ax: Axes) -> None:
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
+    open_frame(ax)
 
 
 def _values(spectrum: SpectrumLike | ArrayLike) -> Vector:
@@ -421,14 +288,3 @@ def _draw_level(ax: Axes, level: float | None, label: str, dashes: object) -> No
         told = label in ax.get_legend_handles_labels()[1]  # several spectra: one legend entry for all their floors
         entry = "_nolegend_" if told else label
         ax.axhline(level, color="#6b7280", linewidth=1.0, linestyle=cast("Any", dashes), label=entry)
-
-
-def _write_cells(ax: Axes, mesh: Any, cells: Vector, texts: Sequence[Sequence[str]]) -> None:
-    """Print each cell's text in black or white, whichever stands out more on its colour."""
-    colours = mesh.to_rgba(cells)
-    for i, row in enumerate(texts):
-        for j, text in enumerate(row):
-            if text and math.isfinite(cells[i, j]):
-                dark = float(np.dot(colours[i, j, :3], (0.2126, 0.7152, 0.0722))) < 0.45
-                ink = "#ffffff" if dark else "#000000"
-                ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize="small", color=ink)
