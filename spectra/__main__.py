@@ -13,6 +13,8 @@ from spectra.version import __version__
 # verb: module, attribute, one line of help (so that listing the verbs loads none of them)
 VERBS = {
     "report": ("spectra.report.__main__", "command", "What fine-tuning did to the weights, as a report."),
+    "extract": ("spectra.extract.__main__", "command", "A fine-tune as a LoRA adapter of PEFT."),
+    "importance": ("spectra.importance.__main__", "command", "Which directions a training's gradients would keep."),
     "train": ("spectra.train.__main__", "command", "Fine-tune a model on texts, by one method or several."),
     "examples": ("spectra.examples", "main", "Print the local path of a real checkpoint or text."),
 }

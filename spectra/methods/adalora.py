@@ -26,13 +26,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from spectra.errors import MismatchError, UsageError
+from spectra.importance import Stretches, stretches
 from spectra.methods.adalora_budget import AdaLoRAHooks
 from spectra.methods.injection import features, is_conv1d, is_linear, replace_module
 from spectra.methods.parts import WeightSwap, adapter_dtype, device_of, take
@@ -47,14 +48,6 @@ _SPREAD = 0.02
 _NO_ZERO = 1e-5
 # Schedule that an adapter which was never trained names in its folder: PEFT refuses a total of 0.
 _UNTRAINED_STEPS = 100
-
-
-class Schedule(NamedTuple):
-    """Steps of the budget's three stretches: warm-up and final stretch, and steps from one pruning to the next."""
-
-    warmup: int
-    final: int
-    interval: int
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ class AdaLoRA:
     >>> inject(model, "^0$", AdaLoRA(rank=2))
     AdaLoRA at 1 modules matching '^0$': 33 of 76 parameters train (43.42%)
     >>> AdaLoRA().schedule(200)
-    Schedule(warmup=20, final=100, interval=1)
+    Stretches(warmup=20, final=100, interval=1)
     """
 
     name: ClassVar[str] = "AdaLoRA"
@@ -144,11 +137,9 @@ class AdaLoRA:
         """Rank of every module at the start."""
         return math.ceil(1.5 * self.rank) if self.init_rank is None else self.init_rank
 
-    def schedule(self, total: int) -> Schedule:
+    def schedule(self, total: int) -> Stretches:
         """The budget's stretches in a training of this many steps; one of two steps or more reaches the last budget."""
-        warmup = min(round(self.warmup * total), max(0, total - 2))
-        final = min(max(1, round(self.final * total)), max(0, total - 1 - warmup))
-        return Schedule(warmup, final, max(1, round(self.interval * total)))
+        return stretches(total, warmup=self.warmup, final=self.final, interval=self.interval)
 
     def accepts(self, module: nn.Module) -> bool:
         """Linear, and transformers' Conv1D."""

@@ -124,6 +124,7 @@ def parse_rates(ctx: click.Context, param: click.Parameter, values: tuple[str, .
 @click.option("--merged", is_flag=True, help="Save the merged model too, in DIR/merged, where the method has one.")
 @click.option("--evaluate-every", type=click.IntRange(min=1), metavar="N", help="Steps from one test to the next.  [default: at the end only]")  # fmt: skip # noqa: E501
 @click.option("--save-every", type=click.IntRange(min=1), metavar="N", help="Steps from one checkpoint to the next.  [default: on interruption only]")  # fmt: skip # noqa: E501
+@click.option("--record-importance", type=click.IntRange(min=1), is_flag=False, flag_value=1, metavar="[EVERY]", help="Record how important every direction is, every step or every so many, in importance.parquet; see python -m spectra.importance.")  # fmt: skip # noqa: E501
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run in DIR stopped, or begin anew.")  # fmt: skip # noqa: E501
 @click.option("--dry-run", is_flag=True, help="Say what would train and what it costs; train and write nothing.")
 @click.option("--offline", is_flag=True, help="Never ask the hub or fetch an example.")
@@ -157,7 +158,7 @@ def command(**flags: Any) -> int:
       lora        every matrix of the layers                       1e-3
       rslora      the same, scaled by 1/sqrt(rank)                 1e-3
       lora-plus   the same, B at 16 times A's rate                 2e-4
-      qlora       the same, on a base in 4 bits                    1e-3
+      qlora       the same, on a base in 4 bits                    2e-3
       adalora     the same, ranks by importance                    2e-3
       glora       the same, weight, bias and input moved           1e-3
       ia3         keys, values, the feed-forward's inside          1e-2
@@ -244,6 +245,7 @@ def _plans(names: list[str], flags: dict[str, Any]) -> list[Plan]:
             resume=root is not None,
             progress=not flags["quiet"],
             save_every=flags["save_every"] if root is not None else None,
+            record_importance=flags["record_importance"] if root is not None else None,
             **{key: flags[key] for key in _CONFIG_FLAGS},
         )
         plans.append(

@@ -35,7 +35,7 @@ _CHOICES = {
     "precision": ("fp32", "bf16", "fp16"),
 }
 # Fields that change how a run is watched or where it stands, and not one of its losses.
-_OUTWARD = ("device", "evaluate_every", "save_every", "out", "resume", "progress", "loss")
+_OUTWARD = ("device", "evaluate_every", "save_every", "record_importance", "out", "resume", "progress", "loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,9 @@ class TrainConfig:
         Steps between evaluations; None evaluates after the last step only.
     save_every : int or None
         Steps between checkpoints, the last step's included; None writes one only when the run is interrupted.
+    record_importance : int or None
+        Steps from one record of every direction's importance to the next, the last step's included, in
+        ``importance.parquet``; None records none. See `spectra.train.recorder`.
     out : Path or None
         Folder of ``metrics.jsonl`` and ``checkpoint.pt``; None writes nothing.
     resume : bool
@@ -113,6 +116,7 @@ class TrainConfig:
     device: str | None = None
     evaluate_every: int | None = None
     save_every: int | None = None
+    record_importance: int | None = None
     out: Path | None = None
     resume: bool = False
     loss: Loss | None = None
@@ -122,7 +126,7 @@ class TrainConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UsageError(f"{name} = {getattr(self, name)!r} is none of {', '.join(choices)}")
-        for name in ("steps", "accumulation", "evaluate_every", "save_every"):
+        for name in ("steps", "accumulation", "evaluate_every", "save_every", "record_importance"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} = {value!r} must be an integer of at least 1")
@@ -142,6 +146,8 @@ class TrainConfig:
             raise UsageError("resume = True needs out, the folder whose checkpoint the run is to go on from")
         if self.save_every is not None and self.out is None:
             raise UsageError(f"save_every = {self.save_every} needs out, a folder to write checkpoints to")
+        if self.record_importance is not None and self.out is None:
+            raise UsageError(f"record_importance = {self.record_importance} needs out, a folder to write the record to")
         if self.out is not None:
             object.__setattr__(self, "out", Path(self.out))
 

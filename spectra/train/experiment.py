@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from spectra.errors import JournalBusy, MismatchError, UsageError
+from spectra.importance import journal, recorded
 from spectra.methods.injection import Injection, inject
 from spectra.theory import counts
 from spectra.train import checkpoint, metrics, output
@@ -160,7 +161,7 @@ def finished(plan: Plan) -> dict[str, Any] | None:
     Raises
     ------
     MismatchError
-        If another training ran in the folder.
+        If another training ran in the folder, or its importance is asked for and was not recorded.
     """
     out = plan.config.out
     record = None if out is None else output.read_record(out)
@@ -173,6 +174,11 @@ def finished(plan: Plan) -> dict[str, Any] | None:
         raise MismatchError(
             f"{out}: holds the result of another training ({shown}); name another folder, or give --no-resume to "
             "train anew in this one"
+        )
+    if plan.config.record_importance is not None and out is not None and not (out / recorded.NAME).exists():
+        raise MismatchError(
+            f"{out}: holds a finished training whose importance was not recorded; name another folder, give "
+            "--no-resume to train anew in this one, or leave --record-importance away"
         )
     return record
 
@@ -206,7 +212,7 @@ def owned(out: Path, *, anew: bool) -> Iterator[None]:
         raise JournalBusy(f"{out}: another run is training in it; wait for it, or name another folder") from error
     try:
         if anew:
-            for name in (checkpoint.NAME, metrics.NAME, output.RECORD):
+            for name in (checkpoint.NAME, metrics.NAME, output.RECORD, recorded.NAME, journal.JOURNAL):
                 (out / name).unlink(missing_ok=True)
         yield
     finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,7 +129,7 @@ def train(
     """
     with prepared(model, batches, config) as run:
         done = begin(run)
-        with closing(_metrics(run, done)) as metrics, closing(_bar(run, done)) as bar:
+        with closing(_metrics(run, done)) as metrics, closing(_bar(run, done)) as bar, _recording(run):
             for index in range(done, config.steps):
                 with HeldSignals() as held:
                     step = _update(run, index)
@@ -166,12 +166,31 @@ def _update(run: Run, index: int) -> Step:
         raise TrainingError(_why(run, index, parts, penalty_value, norm_value))
     for hook in run.hooks if not overflow else ():
         hook.on_gradients(index, config.steps)
+    if run.recorder is not None and not overflow:
+        run.recorder.on_gradients(index + 1, _shortened(config.clip, norm_value))
     run.optimizer.step()  # which the loss scale's overflow keeps from moving anything
     for hook in run.hooks if not overflow else ():
         hook.after_step(index, config.steps)
     run.optimizer.zero_grad()
     seconds = time.perf_counter() - began
     return Step(index + 1, math.fsum(parts), rate, norm_value, seconds, penalty_value, overflow)
+
+
+def _shortened(clip: float | None, norm: float) -> float:
+    """Factor that `torch.nn.utils.clip_grad_norm_` puts in front of a gradient of this norm."""
+    return 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
+
+
+@contextmanager
+def _recording(run: Run) -> Iterator[None]:
+    """Importance is on disk as Parquet however the block ends."""
+    ended = False
+    try:
+        yield
+        ended = True
+    finally:
+        if run.recorder is not None:
+            run.recorder.close(finished=ended)
 
 
 def _backward(run: Run, index: int) -> tuple[torch.Tensor, torch.Tensor]:

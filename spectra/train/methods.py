@@ -104,7 +104,7 @@ _ALL = (
     MethodSpec("lora", "LoRA", "linear", 1e-3, "low-rank factors (Hu 2022)"),
     MethodSpec("rslora", "LoRA", "linear", 1e-3, "LoRA scaled by 1/√r (Kalajdzievski 2023)", {"rslora": True}),
     MethodSpec("lora-plus", "LoRA", "linear", 2e-4, "LoRA, B at 16 times A's rate (Hayou 2024)", {"plus_ratio": 16.0}),
-    MethodSpec("qlora", "QLoRA", "linear", 1e-3, "LoRA on a base in 4 bits (Dettmers 2023)"),
+    MethodSpec("qlora", "QLoRA", "linear", 2e-3, "LoRA on a base in 4 bits (Dettmers 2023)"),
     MethodSpec("adalora", "AdaLoRA", "linear", 2e-3, "ranks by importance (Zhang 2023)"),
     MethodSpec("glora", "GLoRA", "linear", 1e-3, "weight, bias and input moved (Chavan 2023)"),
     MethodSpec("ia3", "IA3", "keys", 1e-2, "rescaling vectors (Liu 2022)"),

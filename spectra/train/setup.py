@@ -19,6 +19,7 @@ from spectra.train import checkpoint
 from spectra.train.config import Batch, Batches, TrainConfig
 from spectra.train.devices import device_for, make_accelerator, recomputed_activations, shared_between_processes
 from spectra.train.optimizers import make_optimizer, trained
+from spectra.train.recorder import ImportanceRecorder
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Run:
     parameters: dict[str, nn.Parameter]
     optimizer: Any
     hooks: list[TrainingHooks]
+    recorder: ImportanceRecorder | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
     saved: int | None = None  # step of the checkpoint that stands in `path`
 
@@ -99,7 +101,8 @@ def prepared(model: nn.Module, batches: Batches, config: TrainConfig) -> Iterato
         shared_between_processes(model, accelerator) as shared,
     ):
         try:
-            yield Run(shared, model, batches, config, accelerator, device, trained(model), optimizer, hooks)
+            recorder = _recorder(model, config, accelerator)
+            yield Run(shared, model, batches, config, accelerator, device, trained(model), optimizer, hooks, recorder)
         finally:
             model.train(mode)
 
@@ -113,6 +116,8 @@ def begin(run: Run) -> int:
         first = run.batch(0)
     run.fingerprint = checkpoint.fingerprint(run.bare, run.config, first, run.accelerator.num_processes)
     if not run.path.exists():
+        if run.recorder is not None:
+            run.recorder.begin(0, None)
         return 0
     if not run.config.resume:
         raise UsageError(
@@ -129,6 +134,8 @@ def begin(run: Run) -> int:
     for hook, saved in zip(run.hooks, state["hooks"], strict=True):
         hook.load_state_dict(saved)
     run.saved = int(state["step"])
+    if run.recorder is not None:
+        run.recorder.begin(run.saved, state.get("importance"))
     return run.saved
 
 
@@ -146,7 +153,15 @@ def save(run: Run, number: int) -> None:
             "optimizer": run.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "hooks": [hook.state_dict() for hook in run.hooks],
+            "importance": None if run.recorder is None else run.recorder.state_dict(),
         }
         checkpoint.save_checkpoint(run.path, state)
     run.accelerator.wait_for_everyone()
     run.saved = number
+
+
+def _recorder(model: nn.Module, config: TrainConfig, accelerator: Any) -> ImportanceRecorder | None:
+    """The recorder that was asked for, on the process that writes: gradients are the same on all."""
+    if config.record_importance is None or config.out is None or not accelerator.is_main_process:
+        return None
+    return ImportanceRecorder(model, config.out, every=config.record_importance, total=config.steps)

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from spectra.errors import MismatchError, UsageError
-from spectra.importance import budget
-from spectra.methods.adalora import AdaLoRA, AdaLoRALinear, Schedule
+from spectra.importance import Stretches, budget
+from spectra.methods.adalora import AdaLoRA, AdaLoRALinear
 from spectra.methods.adalora_budget import AdaLoRAHooks
 from spectra.methods.injection import Injection, inject
 
@@ -255,8 +255,8 @@ def test_a_rank_above_a_module_is_refused_before_anything_changes() -> None:
 def test_the_default_schedule_follows_the_authors_shares() -> None:
     assert AdaLoRA(rank=4).start_rank == 6
     assert AdaLoRA(rank=3).start_rank == 5
-    assert AdaLoRA().schedule(200) == Schedule(warmup=20, final=100, interval=1)
-    assert AdaLoRA().schedule(50_000) == Schedule(warmup=5_000, final=25_000, interval=100)
+    assert AdaLoRA().schedule(200) == Stretches(warmup=20, final=100, interval=1)
+    assert AdaLoRA().schedule(50_000) == Stretches(warmup=5_000, final=25_000, interval=100)
 
 
 def test_dropout_acts_in_training_alone() -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from spectra.importance import budget
+from spectra.importance import budget, read_recorded, replay
 from spectra.methods.adalora import AdaLoRA, AdaLoRALinear
 from spectra.methods.adalora_budget import AdaLoRAHooks
 from spectra.methods.folder import load_adapter, save_adapter
 from spectra.methods.injection import Injection, inject
+from spectra.train.recorder import ImportanceRecorder
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -104,6 +105,65 @@ def test_scores_budget_and_masks_agree_at_every_step() -> None:
                 assert torch.equal(smoothed.uncertainty, allocator.exp_avg_unc[key]), (step, name)
     pattern = injection.method.peft_config(injection)["rank_pattern"]
     assert {f"{name}.default": row for name, row in pattern.items()} == model.peft_config["default"].rank_pattern
+
+
+def peft_scores(allocator: Any, module: str) -> torch.Tensor:
+    """Triplet scores of one module by the allocator's own functions, as its ``mask_to_budget`` puts them together."""
+    score = {key: allocator._element_score(f"{module}.{key}.default") for key in NAMES}
+    vectors = [score["lora_A"].mean(dim=1, keepdim=True), score["lora_B"].mean(dim=0).view(-1, 1)]
+    combined: torch.Tensor = allocator._combine_ipt(score["lora_E"], torch.cat(vectors, dim=1))
+    return combined
+
+
+def test_triplet_scores_and_a_replay_of_their_record_agree_at_every_step(tmp_path: Path) -> None:
+    injection, hooks = ours()
+    model = theirs()
+    alike(injection, model)
+    allocator = model.base_model.rankallocator
+    recorder = ImportanceRecorder(injection.model, tmp_path, every=1, total=TOTAL)
+    recorder.begin(0, None)
+    wanted_scores: list[torch.Tensor] = []
+    wanted_ranks: list[list[int]] = []
+    for step in range(TOTAL):
+        give_gradients(injection, model, step)
+        hooks.on_gradients(step, TOTAL)
+        recorder.on_gradients(step + 1, 1.0)
+        move([mine for _, mine, _ in pairs(injection, model)])
+        hooks.after_step(step, TOTAL)
+        if step < TOTAL - FINAL:
+            allocator.update_ipt(model.base_model.model)
+            wanted_scores.append(torch.cat([peft_scores(allocator, name) for name in injection.parts]))
+            # Three terms in another order: an ulp or two of float32.
+            torch.testing.assert_close(torch.cat(hooks.scores()), wanted_scores[-1], rtol=3e-7, atol=0)
+        move([yours for _, _, yours in pairs(injection, model)])
+        allocator.update_ipt = lambda model: None
+        model.base_model.update_and_allocate(step)
+        del allocator.update_ipt
+        wanted_ranks.append(
+            [int(yours.count_nonzero()) for name, _, yours in pairs(injection, model) if name.endswith("lora_E")]
+        )
+    recorder.close(finished=True)
+    recorded = read_recorded(tmp_path)
+    found = torch.cat([torch.from_numpy(scores.copy()) for scores in recorded.directions("adalora").values()], dim=1)
+    torch.testing.assert_close(found[: TOTAL - FINAL], torch.stack(wanted_scores), rtol=3e-7, atol=0)
+    ranks = replay(recorded, kept=6).ranks.tolist()
+    # Between two prunings λ grows again; the rule's ranks are those right behind one.
+    pruned = [t for t in range(TOTAL) if t >= TOTAL - FINAL or (t > WARMUP and t % INTERVAL == 0)]
+    assert len(pruned) > FINAL + 5
+    assert [ranks[t] for t in pruned] == [wanted_ranks[t] for t in pruned]
+    assert len(set(map(tuple, ranks))) > 3
+
+
+@pytest.mark.parametrize(
+    ("total", "warmup", "final", "interval"), [(40, 5, 12, 3), (97, 0, 1, 1), (200, 20, 100, 10), (33, 30, 2, 1)]
+)
+def test_budgets_agree_at_every_step_of_any_schedule(total: int, warmup: int, final: int, interval: int) -> None:
+    model = theirs(total_step=total, tinit=warmup, tfinal=final, deltaT=interval, init_r=5, target_r=1)
+    allocator = model.base_model.rankallocator
+    assert (allocator.init_bgt, allocator.target_bgt) == (15, 3)
+    for step in range(total):
+        found = budget(step, total=total, warmup=warmup, final=final, start=15, end=3)
+        assert found == allocator.budget_schedule(step)[0], step
 
 
 def test_peft_scores_moved_weights_when_called_as_its_documentation_says() -> None:
