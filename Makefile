@@ -4,6 +4,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
 RIVALS := .venv-rivals
+MERGEKIT := .venv-mergekit
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -33,7 +34,7 @@ test: lint types $(VENV)/.ready-dev ## lint, types, floors, then every test that
 test-slow: $(VENV)/.ready-dev ## the tests that take minutes
 	$(PYTEST) -m slow
 
-bench: $(VENV)/.ready-dev $(RIVALS)/.ready ## timings against named rivals, each beside its accuracy (10 minutes, 5 GB of disk)
+bench: $(VENV)/.ready-dev $(RIVALS)/.ready $(MERGEKIT)/.ready ## timings against named rivals, each beside its accuracy (15 minutes, 7 GB of disk)
 	$(BIN)/python -m tests.benchmarks
 
 fuzz: $(VENV)/.ready-dev ## 200 000 mangled file headers, 50 000 mangled indexes
@@ -71,6 +72,11 @@ $(VENV)/.ready-dev: pyproject.toml constraints.txt
 $(RIVALS)/.ready: constraints.txt
 	$(PYTHON) -m venv --clear $(RIVALS)
 	$(RIVALS)/bin/python -m pip install --quiet weightwatcher==0.7.7 transformers torch --constraint constraints.txt
+	@touch $@
+
+$(MERGEKIT)/.ready: constraints.txt
+	$(PYTHON) -m venv --clear $(MERGEKIT)
+	$(MERGEKIT)/bin/python -m pip install --quiet mergekit==0.1.5 torch --constraint constraints.txt
 	@touch $@
 
 # A set-up that was interrupted leaves an environment without pip: it is made anew.

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import click
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 
 from spectra.linalg import as_matrix, by_gram, product_spectrum, truncated
+from tests.benchmarks import geometry
+from tests.benchmarks.extraction import extraction
 from tests.benchmarks.quantization import qlora_step, quantization
 from tests.benchmarks.steps import lora_step
 from tests.benchmarks.synthetic import make_pair
@@ -219,6 +222,8 @@ def main(only: str | None, pair: Path | None) -> None:
             "lora": lora_step,
             "quantization": quantization,
             "qlora": qlora_step,
+            "extraction": extraction,
+            "geometry": lambda: chain(geometry.overlaps(), geometry.intruder_search()),
         }
         print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
         print(HEADER, flush=True)

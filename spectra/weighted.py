@@ -1,0 +1,434 @@
+"""Errors that count where inputs are: ‖(Δ − B)R^½‖_F for R = E[xxᵀ], its optimum, and R itself from a model's inputs.
+
+A linear map W + Δ is used on inputs x, so that what a truncation B of Δ costs is E‖(Δ − B)x‖² = tr((Δ − B)R(Δ − B)ᵀ) =
+‖(Δ − B)S‖²_F for any S with SSᵀ = R. Directions that no input takes cost nothing.
+
+The optimum. Let M = ΔS = UΣVᵀ. For B of rank ≤ r, BS has rank ≤ r too, so ‖ΔS − BS‖²_F ≥ Σ_{i>r} σ_i(M)² (Eckart and
+Young 1936). Equality needs BS = M_r = U_rU_rᵀM, which
+
+    B = U_r U_rᵀ Δ                                                                                             (1)
+
+gives, whatever S and however singular R: nothing is inverted. Where R is singular there are other optima, B + C with
+CS = 0, M_rS⁺ among them (the form of C. Zhang et al., "QERA", ICLR 2025, theorem 1). Of all whose columns lie in the
+span of U_r, (1) is also nearest to Δ in the plain norm. U_r are eigenvectors of ΔRΔᵀ, and M's singular values are a
+spectrum like any other: allocation and advice apply to them as they stand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from spectra.errors import CheckpointNotFound, NonFiniteMatrix, UnsafeCheckpoint, UsageError
+from spectra.linalg.route import spectrum
+from spectra.values import Spectrum
+
+_RECORD = "spectra.moments"
+# Products of float32 may differ so much from their transposes, as shares of the largest.
+_ASYMMETRY = float(torch.finfo(torch.float32).eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Second moments of the inputs of one linear map.
+
+    Parameters
+    ----------
+    total : Tensor of shape (k, k), float64
+        Σ xxᵀ.
+    count : int
+        Inputs that were summed.
+
+    Raises
+    ------
+    UsageError
+        If the matrix is not square or not symmetric, or nothing was counted.
+    NonFiniteMatrix
+        If it holds NaN or infinity.
+
+    Examples
+    --------
+    >>> Moments(torch.tensor([[8.0, 0.0], [0.0, 2.0]]), 2).matrix.tolist()
+    [[4.0, 0.0], [0.0, 1.0]]
+    """
+
+    total: torch.Tensor
+    count: int
+
+    def __post_init__(self) -> None:
+        total = torch.as_tensor(self.total).detach().to("cpu", torch.float64)
+        if total.ndim != 2 or total.shape[0] != total.shape[1] or self.count < 1:
+            raise UsageError(
+                f"moments are a square matrix summed over inputs, not {tuple(total.shape)} of {self.count}"
+            )
+        if not bool(torch.isfinite(total).all()):
+            raise NonFiniteMatrix("the second moments hold NaN or infinity: some input of the map does")
+        if not torch.allclose(total, total.T, rtol=0.0, atol=_ASYMMETRY * float(total.abs().max())):
+            raise UsageError("second moments are symmetric, and this matrix is not")
+        object.__setattr__(self, "total", (total + total.T) / 2.0)
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """R = E[xxᵀ], (k, k), float64."""
+        return self.total / self.count
+
+    @cached_property
+    def root(self) -> torch.Tensor:
+        """S of shape (k, rank of R), float64, with SSᵀ = R, its columns orthogonal."""
+        values, vectors = torch.linalg.eigh(self.matrix)
+        # What eigh itself rounds 0 to. Not more: rounding of the sums scales with each entry, and inputs a thousandth
+        # as large as the largest are common and matter.
+        seen = values > len(values) * torch.finfo(torch.float64).eps * float(values[-1].clamp(min=0.0))
+        root: torch.Tensor = vectors[:, seen] * values[seen].sqrt()
+        return root
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedTruncation:
+    """Matrix of rank r that is nearest to Δ on the inputs: ``left @ right``.
+
+    Parameters
+    ----------
+    left : Tensor of shape (d, r), float64
+        Orthonormal columns.
+    right : Tensor of shape (r, k), float64
+    error : float
+        Relative: ‖(Δ − B)R^½‖_F / ‖ΔR^½‖_F; NaN where that is 0.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    error: float
+
+
+def weighted_spectrum(delta: torch.Tensor, moments: Moments, *, vectors: bool = False) -> Spectrum:
+    """Singular values of ΔR^½: what each direction of an update does to the inputs.
+
+    Parameters
+    ----------
+    delta : Tensor of shape (d, k)
+        Update of a map y = (W + Δ)x: outputs by rows. Transpose what is stored by inputs (GPT-2's Conv1D).
+    moments : Moments
+        Of its inputs.
+    vectors : bool
+        Keep the left vectors.
+
+    Returns
+    -------
+    Spectrum
+        All min(d, k) values, for `spectra.advice` and `spectra.theory.allocation`.
+
+    Raises
+    ------
+    UsageError
+        If the shapes do not match.
+    NonFiniteMatrix
+        If Δ holds NaN or infinity.
+
+    Examples
+    --------
+    >>> moments = Moments(torch.diag(torch.tensor([4.0, 1.0])), 1)
+    >>> weighted_spectrum(torch.diag(torch.tensor([1.0, 3.0])), moments).values.round(9).tolist()
+    [3.0, 2.0]
+    """
+    wide = _matching(delta, moments)
+    found = spectrum(_padded(wide @ moments.root, wide.shape[1]), vectors=vectors, name="ΔR^½")
+    return replace(found, shape=(wide.shape[0], wide.shape[1]), right=None)
+
+
+def weighted_error(delta: torch.Tensor, approximation: torch.Tensor, moments: Moments) -> float:
+    """‖(Δ − B)R^½‖_F, in the units of an output.
+
+    Parameters
+    ----------
+    delta, approximation : Tensor of shape (d, k)
+        Δ and B, outputs by rows.
+    moments : Moments
+        Of the inputs.
+
+    Raises
+    ------
+    UsageError
+        If the shapes do not match.
+
+    Examples
+    --------
+    >>> moments = Moments(torch.diag(torch.tensor([4.0, 1.0])), 1)
+    >>> weighted_error(torch.eye(2), torch.diag(torch.tensor([0.0, 1.0])), moments)
+    2.0
+    """
+    if delta.shape != approximation.shape:
+        raise UsageError(f"Δ is {tuple(delta.shape)} and its approximation {tuple(approximation.shape)}")
+    left_out = _matching(delta, moments) - approximation.detach().to("cpu", torch.float64)
+    return float(torch.linalg.norm(left_out @ moments.root))
+
+
+def weighted_truncation(delta: torch.Tensor, moments: Moments, rank: int) -> WeightedTruncation:
+    """Matrix of rank at most r with the least ‖(Δ − B)R^½‖_F: equation (1) at the head of this file.
+
+    Parameters
+    ----------
+    delta : Tensor of shape (d, k)
+        Δ, outputs by rows.
+    moments : Moments
+        Of the inputs.
+    rank : int
+        r ≥ 0.
+
+    Returns
+    -------
+    WeightedTruncation
+        Of fewer directions where fewer lose nothing.
+
+    Raises
+    ------
+    UsageError
+        If the shapes do not match or the rank is negative.
+
+    Examples
+    --------
+    The larger direction is hardly used, and goes:
+
+    >>> moments = Moments(torch.diag(torch.tensor([4.0, 0.01])), 1)
+    >>> found = weighted_truncation(torch.diag(torch.tensor([1.0, 3.0])), moments, 1)
+    >>> (found.left @ found.right).round(decimals=9).abs().tolist()
+    [[1.0, 0.0], [0.0, 0.0]]
+    """
+    if rank < 0:
+        raise UsageError(f"rank = {rank} is negative")
+    wide = _matching(delta, moments)
+    u, s, _ = torch.linalg.svd(wide @ moments.root, full_matrices=False)
+    there = s > max(wide.shape) * torch.finfo(torch.float64).eps * (float(s[0]) if len(s) else 0.0)
+    left = u[:, : min(rank, int(there.sum()))]
+    lost, whole = (float(torch.linalg.norm(part)) for part in (s[left.shape[1] :], s))
+    return WeightedTruncation(left, left.T @ wide, lost / whole if whole > 0 else math.nan)
+
+
+def _matching(delta: torch.Tensor, moments: Moments) -> torch.Tensor:
+    if delta.ndim != 2 or delta.shape[1] != len(moments.total):
+        raise UsageError(
+            f"Δ is {tuple(delta.shape)} and its inputs have {len(moments.total)} entries; give it with one column for "
+            "each, transposed where it is stored by inputs"
+        )
+    return delta.detach().to("cpu", torch.float64)
+
+
+def _padded(matrix: torch.Tensor, cols: int) -> torch.Tensor:
+    """Add columns of zeros, which add no singular value but 0, so that the spectrum has its min(d, k) values."""
+    return torch.nn.functional.pad(matrix, (0, cols - matrix.shape[1]))
+
+
+# Moments of a model's inputs --------------------------------------------------------------------------------------
+
+
+def second_moments(
+    model: nn.Module,
+    batches: Iterable[Any],
+    modules: str | Iterable[str],
+    *,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Moments]:
+    """Second moments of what linear maps read, over batches that the model is run on.
+
+    Products are of float32 (float64 where the inputs are), sums in float64. The model runs in evaluation mode, without
+    gradients, and is left as it was. Where a batch brings an ``attention_mask``, padded places are left out.
+
+    Parameters
+    ----------
+    model : nn.Module
+    batches : iterable of mapping, tuple or Tensor
+        What the model is called with: ``model(**batch)``, ``model(*batch)`` or ``model(batch)``. Tensors are moved to
+        the device of the model.
+    modules : str or iterable of str
+        Names of linear maps, or one regular expression searched for in the names of all.
+    progress : callable, optional
+        Called with the number of batches done.
+
+    Returns
+    -------
+    dict of str to Moments
+        By name, in the model's order. k² float64 entries each.
+
+    Raises
+    ------
+    UsageError
+        If there are no batches or no such modules, or one does not read vectors: an embedding, a convolution.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 3))
+    >>> inputs = torch.tensor([[[1.0, 2.0], [3.0, 0.0]]])
+    >>> found = second_moments(model, [inputs], "0")["0"]
+    >>> found.count, found.matrix.tolist()
+    (2, [[5.0, 1.0], [1.0, 2.0]])
+    """
+    chosen = _chosen(model, modules)
+    running = _Running({})
+    handles = [
+        module.register_forward_pre_hook(running.hook(name), with_kwargs=True) for name, module in chosen.items()
+    ]
+    mode = model.training
+    model.eval()
+    done = 0
+    try:
+        with torch.no_grad():
+            for done, batch in enumerate(batches, 1):
+                running.run(model, batch)
+                if progress is not None:
+                    progress(done)
+    finally:
+        model.train(mode)
+        for handle in handles:
+            handle.remove()
+    if not done:
+        raise UsageError("no batches were given: there is nothing to take moments of")
+    silent = [name for name in chosen if name not in running.sums]
+    if silent:
+        raise UsageError(f"the model never called {', '.join(silent[:5])} on these batches; leave them out")
+    return {name: Moments(*running.sums[name]) for name in chosen}
+
+
+def _chosen(model: nn.Module, modules: str | Iterable[str]) -> dict[str, nn.Module]:
+    known = {name: module for name, module in model.named_modules() if name}
+    if isinstance(modules, str):
+        try:
+            pattern = re.compile(modules)
+        except re.error as error:
+            raise UsageError(f"modules = {modules!r} is no regular expression: {error}") from None
+        # Maps have a matrix of their own; blocks that hold such maps do not.
+        found = {
+            name: module
+            for name, module in known.items()
+            if pattern.search(name) and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        }
+        if not found:
+            raise UsageError(f"modules = {modules!r} is found in no name of a module with a weight matrix")
+        return found
+    names = set(modules)
+    if not names <= known.keys():
+        raise UsageError(f"the model has no module {', '.join(sorted(names - known.keys())[:5])}")
+    if not names:
+        raise UsageError("modules names none")
+    return {name: module for name, module in known.items() if name in names}
+
+
+@dataclass
+class _Running:
+    """Sums so far by name, and what the batch at hand shares: its mask, and the product of the last input."""
+
+    sums: dict[str, tuple[torch.Tensor, int]]
+    mask: torch.Tensor | None = None
+    last: tuple[torch.Tensor, torch.Tensor, int] | None = None
+
+    def run(self, model: nn.Module, batch: Any) -> None:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        batch = _moved(batch, device)
+        self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        try:
+            if isinstance(batch, Mapping):
+                model(**batch)
+            elif isinstance(batch, tuple | list):
+                model(*batch)
+            else:
+                model(batch)
+        finally:
+            self.mask = self.last = None
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            # Queries, keys and values read one tensor: its product is taken once.
+            if self.last is None or self.last[0] is not inputs:
+                self.last = (inputs, *self.product(name, module, inputs))
+            _, product, count = self.last
+            total, before = self.sums.get(name, (torch.zeros_like(product), 0))
+            self.sums[name] = (total.add_(product), before + count)
+
+        return add
+
+    def product(self, name: str, module: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Σ xxᵀ of one batch, float64, and how many x."""
+        weight = getattr(module, "weight", None)
+        if not isinstance(inputs, torch.Tensor) or not inputs.is_floating_point():
+            raise UsageError(f"{name} reads no vectors (an embedding?): it has no second moments")
+        if weight is not None and (weight.ndim != 2 or inputs.shape[-1] not in weight.shape):
+            raise UsageError(
+                f"{name} has a weight of shape {tuple(weight.shape)} and reads {tuple(inputs.shape)}: it is no map of "
+                "its inputs' last axis"
+            )
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        if self.mask is not None and self.mask.numel() == len(rows):
+            rows = rows[self.mask.reshape(-1).bool()]
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        product = rows.T @ rows
+        if product.device.type == "mps":  # which has no float64
+            product = product.cpu()
+        return product.double(), len(rows)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(_moved(value, device) for value in batch)
+    return batch
+
+
+def save_moments(moments: Mapping[str, Moments], path: str | os.PathLike[str]) -> Path:
+    """Write moments into one safetensors file, atomically; the same moments give the same bytes.
+
+    Parameters
+    ----------
+    moments : mapping of str to Moments
+    path : path
+        Of the file.
+    """
+    target = Path(path)
+    counts = json.dumps({name: found.count for name, found in sorted(moments.items())})
+    content = save({name: found.total.contiguous() for name, found in moments.items()}, {_RECORD: counts})
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def load_moments(path: str | os.PathLike[str]) -> dict[str, Moments]:
+    """Read moments that `save_moments` wrote.
+
+    Parameters
+    ----------
+    path : path
+
+    Raises
+    ------
+    CheckpointNotFound
+        If there is no such file.
+    UnsafeCheckpoint
+        If the file is not one of `save_moments`.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise CheckpointNotFound(f"{source} is no file; spectra.weighted.save_moments writes one")
+    try:
+        with safe_open(source, "pt") as file:
+            counts = json.loads((file.metadata() or {})[_RECORD])
+            return {name: Moments(file.get_tensor(name), int(counts[name])) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
+        raise UnsafeCheckpoint(f"{source} does not hold moments of this program: {error!r}") from error

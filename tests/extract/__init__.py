@@ -1,0 +1,1 @@
+"""Extraction: factors, places, patterns, folders, PEFT, the command."""
