@@ -14,7 +14,10 @@ from matplotlib.figure import Figure
 
 from spectra.plot import (
     SERIES,
+    plot_capture,
     plot_heatmap,
+    plot_intruders,
+    plot_overlap,
     plot_spectrum,
     plot_truncation_error,
     power_of_ten,
@@ -122,6 +125,41 @@ def test_labels_must_fit(ax: Axes) -> None:
 def test_values_must_be_a_vector(ax: Axes) -> None:
     with pytest.raises(ValueError, match="vector"):
         plot_spectrum(ax, np.eye(3))
+
+
+def test_overlaps_are_cells_from_the_smallest_rank_down(ax: Axes) -> None:
+    plot_overlap(ax, [[0.9, np.nan], [0.5, 0.25]], (1, 8), (2, 4), names=("full", "lora"), resolved=(1, 4))
+    assert [t.get_text() for t in ax.texts] == ["90", "50", "25"], "a missing cell has no text"
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["1", "8"]
+    assert ax.yaxis_inverted()
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("leading i of full", "leading j of lora")
+    assert [patch.get_xy() for patch in ax.patches] == [(0, 1), (1, 1)], "rank 8 of full is hatched"
+    mesh = ax.collections[0]
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (0.0, 1.0), "colours mean the same on every plot"
+
+
+def test_ranks_must_fit_the_table(ax: Axes) -> None:
+    with pytest.raises(ValueError, match=r"\(1, 2\) cells for 2 and 2 ranks"):
+        plot_overlap(ax, [[1.0, 0.5]], (1, 2), (1, 2))
+
+
+def test_two_captured_shares_have_one_key_for_what_is_possible(ax: Axes) -> None:
+    for label in ("one", "two"):
+        plot_capture(ax, (1, 2, 4), [0.1, 0.2, np.nan], optimum=[0.4, 0.6, 0.8], chance=[0.0, 0.01, 0.04], label=label)
+    assert legend(ax) == ["one", "best possible", "random", "two"]
+    np.testing.assert_array_equal(ax.lines[1].get_ydata(), [0.4, 0.6, 0.8])
+    assert ax.get_xscale() == "log"
+    low, high = ax.get_ylim()
+    assert low <= 0 < 1 <= high
+
+
+def test_intruders_stand_beside_random_directions(ax: Axes) -> None:
+    plot_intruders(ax, [0.0, 0.5, 1.0], [0, 2, 10], chance=[0, 9.9, 10], label="lora", linestyle="--")
+    counts, chance = ax.lines
+    assert list(counts.get_ydata()) == [0, 2, 10]
+    assert counts.get_linestyle() == "--"
+    assert list(chance.get_ydata()) == [0, 9.9, 10]
+    assert legend(ax) == ["lora", "random directions"]
 
 
 @pytest.mark.parametrize(("value", "text"), [(1e-7, "10⁻⁷"), (1000.0, "10³"), (5.0, "5"), (0.02, "0.02"), (0.0, "")])
