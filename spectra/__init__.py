@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from spectra.version import __version__
 
 if TYPE_CHECKING:
+    from spectra.advice import Advice, ModelAdvice, advise, advise_model, advise_run
     from spectra.checkpoints import open_checkpoint
     from spectra.comparison import compare, plan
     from spectra.delta import Delta, LowRankDelta, deltas
@@ -48,6 +49,11 @@ if TYPE_CHECKING:
     from spectra.values import Certificate, Spectrum
 
 _HOME = {
+    "Advice": "spectra.advice",
+    "ModelAdvice": "spectra.advice",
+    "advise": "spectra.advice",
+    "advise_model": "spectra.advice",
+    "advise_run": "spectra.advice",
     "open_checkpoint": "spectra.checkpoints",
     "Geometry": "spectra.pairwise.result",
     "Run": "spectra.run",
@@ -88,14 +94,19 @@ _HOME = {
 }
 
 __all__ = [
+    "Advice",
     "Certificate",
     "Delta",
     "Geometry",
     "LowRankDelta",
+    "ModelAdvice",
     "Run",
     "SpectraError",
     "Spectrum",
     "__version__",
+    "advise",
+    "advise_model",
+    "advise_run",
     "compare",
     "decay_exponent",
     "deltas",

@@ -1,4 +1,4 @@
-"""Advice: criteria against closed forms and Kneedle, bands at every truncation, a whole model's tables by brute force."""
+"""Advice: criteria against closed forms and Kneedle, bands at every truncation, a model's tables by brute force."""
 
 from __future__ import annotations
 
@@ -94,6 +94,13 @@ def test_planted_directions_are_found(rank: int) -> None:
     advice = advise(noisy(rank))
     for name in ("signal", "marchenko_pastur", "gavish_donoho", "elbow"):
         assert advice[name].value == rank
+
+
+def test_steps_of_rounding_are_not_taken_for_signal() -> None:
+    """Seven values from 3 to 1 stand above even noise; a floor of 1.9 leaves four that rounding cannot make."""
+    found = noisy(7)
+    advice = advise(Spectrum(found.values, found.shape, found.frobenius, Certificate("by hand", storage_floor=1.9)))
+    assert {advice[name].value for name in ("signal", "gavish_donoho", "marchenko_pastur")} == {4.0}
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=40))

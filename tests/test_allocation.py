@@ -31,15 +31,15 @@ def every_choice(squares: list[Vector], costs: list[int]) -> list[tuple[int, flo
     return [(cost(costs, np.array(ranks)), kept(squares, np.array(ranks))) for ranks in choices]
 
 
-def by_programme(squares: list[Vector], costs: list[int], budget: int) -> float:
-    """Most that can be kept, one matrix after the other, for every budget up to this one."""
+def by_programme(squares: list[Vector], costs: list[int], budget: int) -> Vector:
+    """Most that can be kept at every budget up to this one, taking in one matrix after the other."""
     best = np.zeros(budget + 1)
     for one, price in zip(squares, costs, strict=True):
         prefix = np.concatenate([[0.0], np.cumsum(one)])
         tried = [best[: budget + 1 - r * price] + prefix[r] for r in range(min(len(one), budget // price) + 1)]
         best = np.max([np.concatenate([np.full(budget + 1 - len(t), -np.inf), t]) for t in tried], axis=0)
         best = np.maximum.accumulate(best)
-    return float(best[budget])
+    return best
 
 
 def by_greedy(squares: list[Vector], costs: list[int]) -> list[tuple[int, float]]:
@@ -104,10 +104,25 @@ def powers(costs: list[int], length: int, seed: int) -> list[Vector]:
 )
 def test_optimum_of_larger_models(squares: list[Vector], costs: list[int]) -> None:
     whole = sum(len(one) * price for one, price in zip(squares, costs, strict=True))
+    best = by_programme(squares, costs, whole + 5)
     for budget in {*range(0, whole + 5, whole // 40), min(costs) - 1, whole - 1}:
         ranks = allocate(squares, costs, budget)
         assert cost(costs, ranks) <= budget
-        assert kept(squares, ranks) == pytest.approx(by_programme(squares, costs, budget), rel=1e-12)
+        assert kept(squares, ranks) == pytest.approx(best[budget], rel=1e-12)
+
+
+def test_optimum_far_from_greedy() -> None:
+    """Costs with no common divisor and one density: to spend all takes steps of up to a hundred directions."""
+    costs = [101, 103, 107]
+    squares, whole = flat(costs, 100), 100 * sum(costs)
+    best = by_programme(squares, costs, whole)
+    for budget in range(whole // 20, whole, whole // 37):
+        assert kept(squares, allocate(squares, costs, budget)) == best[budget]
+
+
+def test_what_cannot_be_paid_for_does_not_blur_the_rest() -> None:
+    """Both of the small ones fit, though one in 10⁹ of the other, and that one in 10⁹ of what does not fit."""
+    assert allocate([[0.85, 0.1], [3.5e-10], [5.7e-19]], [22, 1, 4], 12).tolist() == [0, 1, 1]
 
 
 def test_greedy_is_right_where_it_spends_all_and_wrong_between() -> None:
@@ -151,9 +166,9 @@ def test_never_worse_than_uniform_far_down_the_tail() -> None:
         left = math.fsum(float(np.sum(one[r:])) for one, r in zip(squares, ranks, strict=True))
         assert left <= math.fsum(float(np.sum(one[rank:])) for one in squares) * (1 + 1e-12)
         head, tail = [one[:1] for one in squares], [one[1:] for one in squares]
-        best = 3.0 if rank else 0.0
-        assert np.all(ranks >= 1) and kept(head, ranks) == best
-        assert kept(tail, ranks - 1) == pytest.approx(by_programme(tail, [4, 10, 25], budget - 39), rel=1e-12)
+        assert np.all(ranks >= 1)
+        assert kept(head, ranks) == 3.0
+        assert kept(tail, ranks - 1) == pytest.approx(by_programme(tail, [4, 10, 25], budget - 39)[-1], rel=1e-12)
 
 
 @given(models, st.integers(0, 60), st.integers(1, 9))
@@ -230,8 +245,9 @@ def test_curve_of_known_spectra() -> None:
     total = math.fsum(float(np.sum(one)) for one in squares)
     budgets = [0, 7, 31, 62, 200, 620, 1000]
     curve = error_curve(squares, costs, budgets)
+    most = by_programme(squares, costs, max(budgets))
     for at, budget in enumerate(budgets):
-        best = math.sqrt(max(0.0, 1 - by_programme(squares, costs, budget) / total))
+        best = math.sqrt(max(0.0, 1 - most[budget] / total))
         assert curve.high[at] == pytest.approx(best, abs=1e-7)  # √ of a difference of sums rounded by 1e-15
         rank = min(budget // 31, 20)
         assert curve.uniform[at] == rank
@@ -260,6 +276,7 @@ def test_curve_of_truncated_spectra_holds_the_truth(seed: int, known: tuple[int,
     budgets = list(range(0, 620, 50))
     curve = error_curve(low, costs, budgets, high=high, totals=totals)
     whole = math.fsum(totals)
+    assert curve.low[0] == curve.high[0] == 1.0  # nothing is in doubt where nothing is taken
 
     def error(ranks: NDArray[np.int64]) -> float:
         return math.sqrt(math.fsum(float(np.sum(one[r:])) for one, r in zip(truth, ranks, strict=True)) / whole)

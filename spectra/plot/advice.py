@@ -70,7 +70,7 @@ def plot_budgets(
 
 
 def plot_criteria(ax: Axes, labels: Sequence[str], low: ArrayLike, high: ArrayLike) -> None:
-    """Draw what every criterion says of every matrix: a row a criterion, a mark a matrix, the median as a bar.
+    """Draw what every criterion says of every matrix: a row a criterion, a dot or band a matrix, the median a bar.
 
     Parameters
     ----------
@@ -104,7 +104,8 @@ def plot_criteria(ax: Axes, labels: Sequence[str], low: ArrayLike, high: ArrayLi
         left, right = np.maximum(left[told], 0.5), np.maximum(right[told], 0.5)
         spread = row + 0.5 + 0.5 * (np.arange(len(left)) / max(1, len(left) - 1) - 0.5)  # side by side, not on top
         ax.hlines(spread, left, right, color=SERIES[0], alpha=0.5, linewidth=1.0)
-        ax.plot(np.sqrt(left * right), spread, linestyle="", marker="o", markersize=2.5, color=SERIES[0], alpha=0.6)
+        known = left == right  # the middle of a band is no estimate, and gets no mark
+        ax.plot(right[known], spread[known], linestyle="", marker="o", markersize=2.5, color=SERIES[0], alpha=0.6)
         middle = float(np.median(right))
         ax.plot([middle, middle], [row + 0.15, row + 0.85], color=SERIES[1], linewidth=1.8)
     ax.set_ylim(len(labels), 0)

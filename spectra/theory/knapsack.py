@@ -124,13 +124,17 @@ class Knapsack:
         """
         values = [one[one > 0] for one in values]
         unit = math.gcd(*costs) or 1
-        classes = tuple(_pooled(cost, unit, values, costs) for cost in sorted(set(costs)))
+        return cls.over([_pooled(cost, unit, values, costs) for cost in sorted(set(costs))], unit, len(values))
+
+    @classmethod
+    def over(cls, classes: Sequence[ItemClass], unit: int, matrices: int) -> Knapsack:
+        """Order the items of these classes."""
         sizes = [len(one.values) for one in classes]
         kinds = np.repeat(np.arange(len(classes)), sizes)
         density = np.concatenate([np.zeros(0), *(one.values / one.cost for one in classes)])
         order = np.argsort(-density, kind="stable")
         spent = np.cumsum(np.repeat(np.array([one.cost for one in classes], dtype=np.int64), sizes)[order])
-        return cls(classes, unit, len(values), kinds[order], density[order], spent)
+        return cls(tuple(classes), unit, matrices, kinds[order], density[order], spent)
 
     @property
     def everything(self) -> int:
@@ -150,7 +154,15 @@ class Knapsack:
 
     def best(self, budget: int) -> list[int]:
         """How many items of each class to take: the optimum at a budget of parameters."""
-        classes, room = self.classes, min(budget // self.unit, self.everything)
+        fitting = [one for one in self.classes if one.cost * self.unit <= budget]
+        if len(fitting) < len(self.classes):
+            # Not for speed: the density of what cannot be paid for must not set the scale that losses are rounded on.
+            counts = iter(Knapsack.over(fitting, self.unit, self.matrices).best(budget))
+            return [next(counts) if one.cost * self.unit <= budget else 0 for one in self.classes]
+        return self._best(min(budget // self.unit, self.everything))
+
+    def _best(self, room: int) -> list[int]:
+        classes = self.classes
         taken = int(np.searchsorted(self.spent, room, side="right"))  # items before one does not fit
         counts = [int(n) for n in np.bincount(self.order[:taken], minlength=len(classes))]
         if taken == len(self.order) or len(classes) == 1:
@@ -161,8 +173,8 @@ class Knapsack:
         windows = [_Window.around(one, n, density, reach) for one, n in zip(classes, counts, strict=True)]
         slack = room - sum(one.cost * n for one, n in zip(classes, counts, strict=True))
         known, loss = _filled(windows, density, slack)
-        # Losses are sums of |σ² − λc| near the marginal item, each rounded by ε of it, over `reach` units at most. Below
-        # that, choices cannot be told apart. Not ε of U: at small λ, tails of 10⁻¹⁶ of the energy are still told apart.
+        # Losses are sums of |σ² − λc| near the marginal item, each rounded by ε of it, over at most `reach` units. What
+        # differs by less cannot be told apart. ε of U would be too much: tails of 10⁻²⁰ of the energy can be.
         rounding = float(np.finfo(np.float64).eps) * density * reach
         narrow = [window.narrowed(_BEAM_REACH) for window in windows]
         for lists in _BEAM_LISTS:
