@@ -76,7 +76,8 @@ def extracted(base: str, full: Path, task: Any, **rule: int) -> dict[str, Any]:
 def rank_maps(base: str, full: Path, adalora: Path) -> list[dict[str, Any]]:
     """Error that each map of one budget leaves of the full update: AdaLoRA's, equal ranks, and the one of hindsight."""
     recorded = read_recorded(adalora)
-    kept = replay(recorded)
+    record = json.loads((adalora / "training.json").read_text("utf-8"))
+    kept = replay(recorded, kept=record["settings"]["rank"] * record["modules"])
     run = spectra.compare(base, full, progress=False)
     values = {
         name: run.spectrum(match).values
