@@ -16,7 +16,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import integrate, optimize
 
 # Fraction bits and least normal exponent of the stored dtypes (safetensors' names). IEEE 754 and OCP 8-bit formats.
 FRACTION_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
@@ -155,6 +154,8 @@ def finite_edge(shape: tuple[int, int], std: float = 1.0) -> float:
 
 def _mp_mass_above(x: float, beta: float) -> float:
     """Mass of the law of λ = σ²/(s²n) above x, by quadrature in an angle that removes both square-root ends."""
+    from scipy import integrate  # here and below: their import takes .4 s, and few commands come to need them
+
     low, high = (1.0 - math.sqrt(beta)) ** 2, (1.0 + math.sqrt(beta)) ** 2
     middle, radius = (high + low) / 2.0, (high - low) / 2.0
 
@@ -195,6 +196,8 @@ def mp_median(beta: float) -> float:
     """
     if not 0.0 < beta <= 1.0:
         raise ValueError(f"beta = {beta} is outside (0, 1]")
+    from scipy import optimize
+
     low, high = (1.0 - math.sqrt(beta)) ** 2, (1.0 + math.sqrt(beta)) ** 2
     return float(optimize.brentq(lambda x: _mp_mass_above(x, beta) - 0.5, low, high, xtol=1e-13))
 
