@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import click
 
 from spectra.errors import SpectraError
 
 INTERRUPTED = 130
+_RESUMES = "what was finished is kept, and the same command goes on from there"
 
 
 def run(command: click.Command, arguments: Sequence[str] | None = None, *, name: str) -> int:
@@ -34,8 +36,8 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, *, name:
     verbose = any(word == "--verbose" or word.startswith("-v") for word in arguments)
     try:
         return int(command.main(list(arguments), prog_name=name, standalone_mode=False) or 0)
-    except click.exceptions.Abort:  # click's name for KeyboardInterrupt
-        tell("interrupted: what was finished is kept, and the same command goes on from there")
+    except click.exceptions.Abort as interrupt:  # click's name for KeyboardInterrupt
+        tell(f"interrupted: {str(interrupt) or _RESUMES}")
         return INTERRUPTED
     except click.ClickException as error:
         error.show()
@@ -51,6 +53,30 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, *, name:
             "" if verbose else ", rerun with -v for where"
         )
         return _failed(error, said, 1, verbose)
+
+
+@contextmanager
+def interrupted_as(message: str) -> Iterator[None]:
+    """Do work that an interrupt does not leave to be gone on with, and say what it leaves instead.
+
+    Parameters
+    ----------
+    message : str
+        What became of the work, and what the same command will do.
+
+    Examples
+    --------
+    >>> @click.command()
+    ... def command() -> None:
+    ...     with interrupted_as("nothing was written; the same command begins anew"):
+    ...         raise KeyboardInterrupt
+    >>> run(command, [], name="x")
+    130
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise click.exceptions.Abort(message) from interrupt
 
 
 def tell(message: str) -> None:

@@ -258,10 +258,10 @@ def _finished(
         )
     if matrix is None:  # an adapter's factors, or nothing changed
         return {**read, **_spectral(found, random=False)}
-    return {**read, "storage_frobenius": _rounding_norm(matrix, found), **_spectral(found, random=True)}
+    return {**read, "storage_frobenius": rounding_norm(matrix, found), **_spectral(found, random=True)}
 
 
-def _rounding_norm(found: Difference, spectrum: Spectrum) -> float:
+def rounding_norm(found: Difference, spectrum: Spectrum) -> float:
     """Predicted ‖E‖_F of the rounding, but no more than what the directions above the floor leave of the update.
 
     The prediction counts a full grid cell for every entry of both sides. Where the base lies on its grid, or the update

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spectra.command import printable, run, say, tell
+from spectra.command import interrupted_as, printable, run, say, tell
 
 if TYPE_CHECKING:
     from spectra.extract.extraction import Extraction
@@ -37,6 +37,7 @@ CRITERIA = ("signal", "gavish-donoho", "marchenko-pastur", "entropy", "stable", 
 @click.option("--embeddings", type=click.Choice(["lora", "save", "list"]), default="lora", show_default=True, help="Embeddings as factors, saved whole, or only listed.")  # fmt: skip # noqa: E501
 @click.option("--rest", type=click.Choice(["save", "list"]), default="save", show_default=True, help="Norms, biases and heads that changed: in the adapter, or only listed.")  # fmt: skip # noqa: E501
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, help="What factors are stored in.")  # fmt: skip # noqa: E501
+@click.option("--moments", metavar="FILE", help="Second moments of what linear maps read (python -m spectra.train.moments): their factors lose least on such inputs, and errors are told both ways.")  # fmt: skip # noqa: E501
 @click.option("--allow-partial", is_flag=True, help="Go on where fewer than 95 % of the tensors match.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; read no tensor and write nothing.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Small matrices at a time. The bytes do not depend on it.  [default: one a core]")  # fmt: skip # noqa: E501
@@ -61,6 +62,7 @@ def command(base: str, tuned: str, **flags: Any) -> int:
       python -m spectra.extract base/ tuned/ --out adapter/ --rank 16
       python -m spectra.extract base/ tuned/ --out adapter/ --energy 0.9 --global
       python -m spectra.extract base/ adapter-r64/ --out adapter-r16/ --rank 16
+      python -m spectra.extract base/ tuned/ --out adapter/ --rank 16 --moments moments.safetensors
 
     \b
     Exit codes:
@@ -86,7 +88,8 @@ def command(base: str, tuned: str, **flags: Any) -> int:
         return 0
     if not flags["quiet"]:
         say(printable("\n".join(["plan", *(f"  {line}" for line in todo.lines()), ""])), err=bool(flags["as_json"]))
-    found = execute(todo, jobs=flags["jobs"], progress=not flags["quiet"])
+    with interrupted_as("an adapter is written whole or not at all; the same command begins anew"):
+        found = execute(todo, jobs=flags["jobs"], progress=not flags["quiet"])
     _conclude(found, as_json=bool(flags["as_json"]))
     return 1 if found.failed else 0
 
@@ -103,6 +106,7 @@ _PLANNED = (
     "embeddings",
     "rest",
     "dtype",
+    "moments",
     "seed",
     "device",
     "trust_pickle",

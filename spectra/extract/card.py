@@ -38,9 +38,8 @@ def model_card(found: Extraction) -> str:
     blocks = [
         _front_matter(config),
         f"# LoRA extracted from {_text(info['tuned']['ref'])}",
-        f"What fine-tuning did to {_text(config['base_model_name_or_path'])}, as the best adapter of its ranks: every "
-        "matrix's update is truncated to its leading singular directions. Errors below were measured from the stored "
-        "factors.",
+        f"What fine-tuning did to {_text(config['base_model_name_or_path'])}, as the best adapter of its ranks"
+        f"{_how(found)} Errors below were measured from the stored factors.",
         _loading(config),
         "## What it keeps\n\n" + "\n".join(f"- {_text(sentence)}" for sentence in found.verdict),
         "## Made by\n\n```\n" + printable(info["command"]).replace("```", "` ` `") + "\n```",
@@ -48,6 +47,16 @@ def model_card(found: Extraction) -> str:
         _left_out(found.tensors),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _how(found: Extraction) -> str:
+    if "weighted_norm" not in found.totals:
+        return ": every matrix's update is truncated to its leading singular directions."
+    inputs = found.info["moments"]["inputs"]
+    return (
+        f" on the inputs of its linear maps, as {inputs:,} of them were: each update is truncated to the directions "
+        "that do most to them, and an update whose inputs are not known to its leading singular directions."
+    )
 
 
 def _front_matter(config: dict[str, Any]) -> str:
@@ -73,13 +82,20 @@ def _errors(tensors: Sequence[dict[str, Any]]) -> str:
     rows = sorted(rows, key=lambda row: (-row["error"], row["name"]))[:_LARGEST]
     if not rows:
         return ""
-    head = "| matrix | shape | rank | ‖Δ‖ | error | relative | best possible |\n|---|---|---|---|---|---|---|"
+    more = "weighted_norm" in rows[0]
+    head = "| matrix | shape | rank | ‖Δ‖ | error | relative | best possible |" + (" on its inputs |" if more else "")
+    head += "\n|---|---|---|---|---|---|---|" + ("---|" if more else "")
     lines = [
         f"| {_text(row['name'])} | {row['rows']} × {row['cols']} | {row['rank']} | {row['norm']:.4g} "
-        f"| {row['error']:.4g} | {row['relative_error']:.2%} | {row['optimum']:.4g} |"
+        f"| {row['error']:.4g} | {row['relative_error']:.2%} | {row['optimum']:.4g} |" + (_seen(row) if more else "")
         for row in rows
     ]
     return "\n".join([f"## The {len(rows)} largest errors\n", head, *lines])
+
+
+def _seen(row: dict[str, Any]) -> str:
+    """The cell of what a matrix leaves of its update's effect on its inputs."""
+    return f" {row['weighted_error'] / row['weighted_norm']:.2%} |" if row["weighted_norm"] else " – |"
 
 
 def _left_out(tensors: Sequence[dict[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from spectra.extract.measure import Matrix, Measured, measure_model
 from spectra.extract.planning import Plan, plan
 from spectra.extract.ranks import uniform_error, uniform_rank
 from spectra.inputs import matching_info, side_info, versions
+from spectra.weighted import Moments
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,12 +39,16 @@ class Extraction:
         ``"whole"``, ``"bias"``, ``"listed"``, ``"unchanged"``, ``"dropped"``: no direction kept, ``"nonfinite"``,
         ``"failed"``), ``reason``, ``rows``, ``cols``, ``rank``, ``parameters``, ``norm`` ‖Δ‖_F, ``error``
         ‖Δ − written‖_F measured from the written factors, ``optimum`` (no factors of this rank leave less),
-        ``relative_error``, ``route``.
+        ``relative_error``, ``route``. With moments also ``weighted_norm`` ‖ΔR^½‖_F, ``weighted_error``,
+        ``weighted_optimum`` and ``weighted_error_of_plain``, what Δ's own leading directions would leave; None of a
+        tensor whose inputs have none.
     totals : dict
         ``parameters``, ``factor_parameters``, ``bytes``; ``norm``, ``error``, ``energy_kept`` of the whole model; the
         same of the matrices alone (``matrices_…``) and ``matrices_optimum``; ``uniform_rank``, ``uniform_error``:
         what the largest uniform rank of no more parameters would leave of the matrices (None where the rank is
-        uniform already).
+        uniform already). With moments also ``weighted_matrices``, how many have them, and of those together
+        ``weighted_norm``, ``weighted_error``, ``weighted_energy_kept``, ``weighted_optimum``,
+        ``weighted_error_of_plain``; ``uniform_error`` is then weighted, and None where some matrices have no moments.
     config : dict
         Content of ``adapter_config.json``.
     info : dict
@@ -102,6 +107,7 @@ def extract(
     embeddings: str = "lora",
     rest: str = "save",
     dtype: str = "fp32",
+    moments: str | os.PathLike[str] | Mapping[str, Moments] | None = None,
     seed: int = 0,
     device: str | None = None,
     jobs: int | None = None,
@@ -141,6 +147,11 @@ def extract(
         Norms, heads and biases that changed: in the adapter, or only listed.
     dtype : {"fp32", "bf16", "fp16"}
         Of the factors. Modules saved whole keep theirs.
+    moments : path or mapping of str to Moments, optional
+        Second moments R of the inputs of linear maps, by module (`spectra.weighted`), or the file that ``python -m
+        spectra.train.moments`` writes. Their factors then leave least of ‖(Δ − BA)R^½‖, what they do to those
+        inputs, and the rule reads that spectrum; errors are told both ways. The moments and their roots are held in
+        memory.
     seed : int
         Seed of the sketches that matrices of more than 2048 rows and columns go through.
     device : str, optional
@@ -191,6 +202,7 @@ def extract(
         embeddings=embeddings,
         rest=rest,
         dtype=dtype,
+        moments=moments,
         seed=seed,
         device=device,
         trust_pickle=trust_pickle,
@@ -220,6 +232,7 @@ def execute(todo: Plan, *, jobs: int | None = None, progress: bool = True) -> Ex
         "tuned": side_info(todo.tuned),
         "matching": matching_info(todo.pairing),
         "settings": {**todo.settings},
+        **({"moments": dict(todo.weighting.info)} if todo.weighting.moments else {}),
         "notes": _notes(todo, rows, totals),
         "versions": versions(),
     }
@@ -252,7 +265,15 @@ def _row(name: str, todo: Plan, found: Measured, contents: Contents) -> dict[str
         "optimum": _number(found.matrix.optimum) if found.matrix is not None else None,
         "relative_error": _number(error / found.norm) if found.norm else None,
         "route": found.matrix.method if found.matrix is not None else "",
+        **(_on_inputs(found) if todo.weighting.moments else {}),
     }
+
+
+def _on_inputs(found: Measured) -> dict[str, float | None]:
+    """Errors where a matrix's inputs are."""
+    held = None if found.matrix is None else found.matrix.on_inputs
+    names = {"norm": "norm", "error": "error", "optimum": "optimum", "error_of_plain": "plain"}
+    return {f"weighted_{name}": None if held is None else _number(getattr(held, key)) for name, key in names.items()}
 
 
 def _treatment(found: Measured, contents: Contents) -> tuple[str, str]:
@@ -303,6 +324,11 @@ def _totals(
         "uniform_rank": None,
         "uniform_error": None,
     }
+    weighted = [row for row in matrices if row.get("weighted_norm") is not None]
+    if todo.weighting.moments:
+        totals.update(_weighted(weighted))
+    if weighted and len(weighted) < len(matrices):
+        return totals  # weighted errors and plain ones do not add up to one that equal ranks could be held against
     found = [measured[row["name"]].matrix for row in matrices]
     if todo.rule.needs_values and not (todo.rule.whole_model and todo.rule.allocation == "uniform"):
         totals.update(_against_uniform([one for one in found if one is not None], spent, rows=matrices))
@@ -315,6 +341,14 @@ def _against_uniform(found: list[Matrix], spent: int, *, rows: list[dict[str, An
     rank = uniform_rank(spent, costs, limits)
     squares, missing = [one.values**2 for one in found], [one.missing for one in found]
     return {"uniform_rank": rank, "uniform_error": uniform_error(rank, squares, missing)}
+
+
+def _weighted(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    names = ("weighted_norm", "weighted_error", "weighted_optimum", "weighted_error_of_plain")
+    sums = {name: _norm(row[name] for row in rows) for name in names}
+    norm, error = sums["weighted_norm"], sums["weighted_error"]
+    kept = 1.0 - (error / norm) ** 2 if norm > 0 else 1.0
+    return {"weighted_matrices": len(rows), "weighted_energy_kept": kept, **sums}
 
 
 def _energy(prefix: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -362,13 +396,14 @@ def _verdict(found: Extraction) -> list[str]:
         f"({totals['bytes'] / 1e6:,.2f} MB)",
         f"keeps {kept:.2%} of the energy of the whole update: relative error {error:.3g}, of the matrices alone "
         f"{_relative(totals, 'matrices_'):.3g}",
-        _optimality(totals),
+        *(_told_of_inputs(totals) if "weighted_norm" in totals else [_optimality(totals)]),
     ]
-    if totals["uniform_error"] is not None and totals["matrices_norm"] > 0:
-        uniform = totals["uniform_error"] / totals["matrices_norm"]
+    whole = totals.get("weighted_norm", totals["matrices_norm"])
+    if totals["uniform_error"] is not None and whole > 0:
+        uniform = totals["uniform_error"] / whole
         said.append(
             f"against uniform: rank {totals['uniform_rank']} everywhere, the largest of no more parameters, leaves "
-            f"{uniform:.3g} of the matrices"
+            f"{uniform:.3g} of the matrices" + (" on their inputs" if "weighted_norm" in totals else "")
         )
     listed = [row for row in found.tensors if row["treatment"] in ("listed", "nonfinite", "failed")]
     if listed:
@@ -379,6 +414,24 @@ def _verdict(found: Extraction) -> list[str]:
 def _relative(totals: Mapping[str, Any], prefix: str) -> float:
     norm = totals[f"{prefix}norm"]
     return float(totals[f"{prefix}error"] / norm) if norm > 0 else 0.0
+
+
+def _told_of_inputs(totals: Mapping[str, Any]) -> list[str]:
+    count, norm = totals["weighted_matrices"], totals["weighted_norm"]
+    if norm == 0.0:
+        return [f"nothing of the {count} matrices with moments acts on their inputs"]
+    error, best, plain = (totals[f"weighted_{name}"] / norm for name in ("error", "optimum", "error_of_plain"))
+    told = f"on their inputs {count} matrices leave {error:.3g} of what the update does"
+    within = f", within {max(0.0, error / best - 1):.1g} of the least that these ranks can" if best > 0 else ""
+    plainly = _norm_share(totals, "matrices_optimum")
+    return [
+        f"{told}{within}; each matrix's own leading directions, as many, would leave {plain:.3g}",
+        f"in the entries no factors of these ranks leave less than {plainly:.3g} of the matrices",
+    ]
+
+
+def _norm_share(totals: Mapping[str, Any], name: str) -> float:
+    return float(totals[name] / totals["matrices_norm"]) if totals["matrices_norm"] > 0 else 0.0
 
 
 def _optimality(totals: Mapping[str, Any]) -> str:

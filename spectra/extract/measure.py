@@ -18,6 +18,7 @@ from spectra.extract.adapter_folder import Piece
 from spectra.extract.factors import Factors, dense_error, factored_error, leading_factors, reranked_factors
 from spectra.extract.places import Place
 from spectra.extract.planning import Plan
+from spectra.extract.weighting import Options, Seen, SeenMatrix, SeenProduct
 from spectra.inputs import physical_memory, progress_bar
 from spectra.linalg.factored import product_spectrum
 from spectra.schedule import Load, in_lanes, resident_bytes
@@ -46,6 +47,8 @@ class Matrix:
         No factors of this rank leave a smaller error.
     method : str
         Route.
+    on_inputs : OnInputs or None
+        Errors where its inputs are, where their moments are known. `values` are then those of ΔR^½.
     """
 
     values: NDArray[np.float64]
@@ -53,6 +56,29 @@ class Matrix:
     rank: int = 0
     optimum: float = math.nan
     method: str = ""
+    on_inputs: OnInputs | None = None
+
+
+@dataclass(frozen=True)
+class OnInputs:
+    """Errors of one matrix in the units of its output: ‖ΔR^½‖, what is left of it, and what would be.
+
+    Parameters
+    ----------
+    norm : float
+        ‖ΔR^½‖.
+    error : float
+        Of the stored factors, measured.
+    optimum : float
+        No factors of this rank leave less.
+    plain : float
+        What Δ's own leading directions, as many of them, would leave.
+    """
+
+    norm: float
+    error: float
+    optimum: float
+    plain: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,14 +131,19 @@ def measure_model(todo: Plan, *, jobs: int, progress: bool) -> dict[str, Measure
     first: dict[str, Measured] = {}
     passes = 2 if todo.rule.whole_model else 1
     work = {f"{name} ({i})": amount for i in range(passes) for name, amount in _work(todo).items()}
+    roots = {f"moments {i}": one for i, one in enumerate(todo.weighting.distinct())}
+    work |= {name: 10.0 * len(one.total) ** 3 for name, one in roots.items()}  # ten flops an entry: LAPACK's dsyevd
     with progress_bar(work, progress) as advance:
+        for name, one in roots.items():
+            _ = one.root  # kept from here on: not by whichever matrix comes first, on however many threads
+            advance(name)
         if todo.rule.whole_model:
             first = _each(
                 todo, todo.matrices, lambda place: _spectrum_of(todo, place), jobs, lambda n: advance(f"{n} (1)")
             )
             good = [place for place in todo.matrices if first[place.name].norm > 0]
             known = [matrix for place in good if (matrix := first[place.name].matrix) is not None]
-            if good:
+            if any(len(one.values) for one in known):
                 found = todo.rule.of_model(good, [one.values**2 for one in known], [one.missing for one in known])
                 ranks = {place.name: rank for place, rank in zip(good, found, strict=True)}
         failed = {name: one for name, one in first.items() if one.status != "ok"}
@@ -138,7 +169,7 @@ def _each(
         return {"name": record["name"], "found": _guarded(by_name[record["name"]], measure)}
 
     found = {}
-    loads = {place.name: _load(place) for place in places}
+    loads = {place.name: _load(todo, place) for place in places}
     records = [{"name": name} for name in by_name]
     for done in in_lanes(row, records, loads, jobs=jobs, max_bytes=_limit(), device=todo.settings["device"]):
         found[done["name"]] = done["found"]
@@ -159,7 +190,7 @@ def _limit() -> int:
     return physical_memory() // 2
 
 
-def _load(place: Place) -> Load:
+def _load(todo: Plan, place: Place) -> Load:
     delta = place.delta
     if delta is None:
         return Load((1, 1), 0)
@@ -167,7 +198,9 @@ def _load(place: Place) -> Load:
         wide = 8 * sum(math.prod(delta.tuned.info(name).shape) for name in (delta.update.a, delta.update.b))
         return Load((max(delta.shape), 1), 6 * wide)
     p = min(delta.shape) if place.factored else 1
-    return Load(delta.shape, resident_bytes(delta) + 8 * (2 * p * p + 2048 * p))
+    # ΔR^½ in float64, its bidiagonalization's copies, and a plain factorization after it.
+    seen = 8 * 4 * math.prod(delta.shape) if place.name in todo.weighting.moments else 0
+    return Load(delta.shape, resident_bytes(delta) + seen + 8 * (2 * p * p + 2048 * p))
 
 
 def _work(todo: Plan) -> dict[str, float]:
@@ -186,13 +219,37 @@ def _spectrum_of(todo: Plan, place: Place) -> Measured:
     if isinstance(delta, LowRankDelta):
         b, a = delta.factors()
         spectrum = product_spectrum(b, a, scale=delta.update.scale, name=place.name)
+        if place.name in todo.weighting.moments and spectrum.frobenius > 0.0:
+            return _weighted_spectrum(todo, place, spectrum.frobenius, _seen_product(todo, place, b, a))
     else:
         difference = delta.difference()
         if difference.frobenius == 0.0:
             return Measured(place, norm=0.0, matrix=Matrix(np.zeros(0), 0.0))
+        if place.name in todo.weighting.moments:
+            return _weighted_spectrum(todo, place, difference.frobenius, _seen_matrix(todo, place, difference))
         most = None if min(delta.shape) <= VALUES_BELOW else MOST_VALUES
         spectrum = _spectrum(todo, place, difference, most)
     return Measured(place, norm=spectrum.frobenius, matrix=_known(spectrum))
+
+
+def _weighted_spectrum(todo: Plan, place: Place, norm: float, seen: Seen) -> Measured:
+    assert place.delta is not None
+    spectrum = seen.spectrum(None if min(place.delta.shape) <= VALUES_BELOW else MOST_VALUES)
+    return Measured(place, norm=norm, matrix=_known(spectrum))
+
+
+def _seen_matrix(todo: Plan, place: Place, difference: Difference) -> Seen:
+    assert place.delta is not None
+    root = todo.weighting.moments[place.name].root
+    image = 8 * root.shape[1] * sum(place.delta.shape)
+    options = Options(todo.settings["seed"], todo.settings["device"], _limit() - resident_bytes(place.delta) - image)
+    return SeenMatrix(difference.matrix, root, difference.frobenius, transposed=place.transposed, options=options)
+
+
+def _seen_product(todo: Plan, place: Place, b: torch.Tensor, a: torch.Tensor) -> Seen:
+    assert isinstance(place.delta, LowRankDelta)
+    root, scale = todo.weighting.moments[place.name].root, place.delta.update.scale
+    return SeenProduct(b, a, scale, root, transposed=place.transposed, name=place.name)
 
 
 def _known(spectrum: Spectrum) -> Matrix:
@@ -240,9 +297,11 @@ def _factored(todo: Plan, place: Place, rank: int | None, before: Measured | Non
     norm = difference.frobenius
     if norm == 0.0:
         return Measured(place, norm=0.0, error=0.0, piece=Piece(0.0), matrix=Matrix(np.zeros(0), 0.0, optimum=0.0))
+    if place.name in todo.weighting.moments:
+        return _on_inputs(todo, place, norm, _seen_matrix(todo, place, difference), rank, before)
     known = None if before is None else before.matrix
     if rank is None and todo.rule.needs_values:
-        spectrum = _enough(todo, place, difference)
+        spectrum = _enough(todo, place, norm, lambda count: _spectrum(todo, place, difference, count))
         known, rank = _known(spectrum), todo.rule.of_matrix(spectrum)
     elif rank is None:
         rank = min(todo.rule.rank or 1, *delta.shape)
@@ -261,17 +320,44 @@ def _factored(todo: Plan, place: Place, rank: int | None, before: Measured | Non
     return _kept(place, norm, dense_error(difference.matrix, b, a), found, known, b, a)
 
 
-def _enough(todo: Plan, place: Place, difference: Difference) -> Spectrum:
+def _on_inputs(
+    todo: Plan, place: Place, norm: float, seen: Seen, rank: int | None, before: Measured | None
+) -> Measured:
+    """Factors that are best on a matrix's inputs, with the errors they leave there and in the entries."""
+    assert place.delta is not None
+    known = None if before is None else before.matrix
+    if rank is None and todo.rule.needs_values:
+        spectrum = _enough(todo, place, seen.norm, seen.spectrum)
+        known, rank = _known(spectrum), todo.rule.of_matrix(spectrum)
+    elif rank is None:
+        rank = min(todo.rule.rank or 1, *place.delta.shape)
+    if rank == 0 or seen.norm == 0.0:
+        dropped = _dropped(place, norm, known or Matrix(np.zeros(0), 0.0))
+        assert dropped.matrix is not None
+        return replace(dropped, matrix=replace(dropped.matrix, on_inputs=OnInputs(*[seen.norm] * 4)))
+    found = seen.best(rank)
+    b, a = _stored(found, todo, place)
+    error, weighted = seen.errors(b, a)
+    plain = seen.plain(found.rank)
+    kept = _kept(place, seen.norm, weighted, found, known, b, a)
+    assert kept.matrix is not None
+    on_inputs = OnInputs(seen.norm, weighted, kept.matrix.optimum, seen.errors(plain.b, plain.a)[1])
+    optimum = math.sqrt(max(0.0, norm**2 - plain.captured_high))
+    matrix = replace(kept.matrix, optimum=optimum, on_inputs=on_inputs)
+    return replace(kept, norm=norm, error=error, piece=Piece(norm, b, a), matrix=matrix)
+
+
+def _enough(todo: Plan, place: Place, norm: float, spectrum_of: Callable[[int | None], Spectrum]) -> Spectrum:
     """The whole spectrum, or of a very large matrix as many values as the rule needs."""
     p = min(place.delta.shape) if place.delta is not None else 0
-    if p <= VALUES_BELOW:
-        return _spectrum(todo, place, difference, None)
+    if p <= VALUES_BELOW or norm == 0.0:
+        return spectrum_of(None)
     if todo.rule.energy is None:
-        return _spectrum(todo, place, difference, MOST_VALUES)
+        return spectrum_of(MOST_VALUES)
     count = FIRST_VALUES
     while True:
-        spectrum = _spectrum(todo, place, difference, min(count, p))
-        held = float(np.sum(spectrum.values**2)) / difference.frobenius**2
+        spectrum = spectrum_of(min(count, p))
+        held = float(np.sum(spectrum.values**2)) / norm**2
         if spectrum.complete or held >= todo.rule.energy:
             return spectrum
         count *= 2
@@ -280,6 +366,10 @@ def _enough(todo: Plan, place: Place, difference: Difference) -> Spectrum:
 def _reranked(todo: Plan, place: Place, delta: LowRankDelta, rank: int | None, before: Measured | None) -> Measured:
     b, a = delta.factors()
     scale = delta.update.scale
+    if place.name in todo.weighting.moments:
+        whole = product_spectrum(b, a, scale=scale, name=place.name).frobenius
+        if whole > 0.0:
+            return _on_inputs(todo, place, whole, _seen_product(todo, place, b, a), rank, before)
     known = None if before is None else before.matrix
     if rank is None and todo.rule.needs_values:
         spectrum = product_spectrum(b, a, scale=scale, name=place.name)

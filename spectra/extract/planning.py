@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from spectra.errors import MismatchError, UsageError
 from spectra.extract.adapter_folder import check_folder
 from spectra.extract.places import EMBEDDING_PLACES, REST_PLACES, Model, Place, find_places, model_of
 from spectra.extract.ranks import Rule
+from spectra.extract.weighting import NONE, Weighting, weighting_of
 from spectra.inputs import LEAST_MATCH, check_device, mismatch_message
 from spectra.inputs import check_folder as check_inputs
+from spectra.weighted import Moments
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,6 +47,8 @@ class Plan:
         Folder of the adapter.
     settings : dict
         Flags beside the rule.
+    weighting : Weighting
+        Moments of the matrices' inputs, where they are given.
     """
 
     base: Checkpoint
@@ -54,6 +59,7 @@ class Plan:
     rule: Rule
     out: Path
     settings: dict[str, Any]
+    weighting: Weighting = NONE
 
     @cached_property
     def matrices(self) -> tuple[Place, ...]:
@@ -106,6 +112,9 @@ class Plan:
         factors = sum(isinstance(place.delta, LowRankDelta) for place in self.matrices)
         if factors:
             said.append(f"{factors} updates are factors already: they are never formed")
+        if self.weighting.moments:
+            told = f"{len(self.weighting.moments)} of {len(self.matrices)} matrices"
+            said.append(f"{told} as best on their inputs, by the moments of {self.weighting.info['inputs']:,} of them")
         return [*said, f"the adapter would go to {self.out}"]
 
 
@@ -135,6 +144,7 @@ def plan(
     embeddings: str = "lora",
     rest: str = "save",
     dtype: str = "fp32",
+    moments: str | os.PathLike[str] | Mapping[str, Moments] | None = None,
     seed: int = 0,
     device: str | None = None,
     trust_pickle: bool = False,
@@ -201,4 +211,7 @@ def plan(
             f"{exclude!r}, embeddings = {embeddings!r}: an adapter of PEFT needs at least one"
         )
     rule.check(found.matrices)
-    return found
+    weighting = weighting_of(moments, found.matrices, rule)
+    if weighting.info.get("file") is not None:
+        found.settings["moments"] = weighting.info["file"]
+    return replace(found, weighting=weighting)

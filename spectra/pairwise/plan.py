@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -319,14 +320,16 @@ def _unit(entries: Sequence[tuple[Pair, AnyDelta | None] | None], updates: Seque
     pair, tuned = min(pairs, key=lambda known: {"ok": 0, "unchanged": 2}.get(known[0].status, 1))
     record = described(pair, base.infos().get(pair.base or ""), tuned.infos().get(pair.tuned or ""))
     deltas = tuple(None if entry is None else entry[1] for entry in entries)
+    refused = tuple(entry[0].reason if entry and entry[0].status == "shape_mismatch" else "" for entry in entries)
     present = [delta for delta in deltas if delta is not None]
     if present:
-        record |= dict(zip(("rows", "cols"), present[0].shape, strict=True))
+        shape, _ = Counter(delta.shape for delta in present).most_common(1)[0]
+        record |= dict(zip(("rows", "cols"), shape, strict=True))
     # A checkpoint's pairs go by their canonical name, an adapter's as the base stores them: as the checkpoint's.
     name = next((pair.name for pair, side in pairs if not isinstance(side, Adapter)), pair.name)
     layer, role = layer_and_role(name)
     del record["dtype_tuned"]
-    return Unit({**record, "name": name, "layer": layer, "role": role}, deltas)
+    return Unit({**record, "name": name, "layer": layer, "role": role}, deltas, refused)
 
 
 def _place(pair: Pair) -> tuple[str, ...]:

@@ -9,18 +9,17 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from spectra.errors import UnsafeCheckpoint, UsageError
 from spectra.notebook import inline_svg, new_axes
-from spectra.pairwise import pooled
-from spectra.pairwise.ranks import EPSILON, RANKS, TOP
+from spectra.pairwise.pooled import WAYS, PooledPair, PooledUpdate, pool_pairs, pool_updates
+from spectra.pairwise.ranks import EPSILON, RANKS
+from spectra.pairwise.rows import EPSILONS, SHARED, SIDES, MatrixRow, PairRow, read_records
 from spectra.parquet import read_table, write_table
 from spectra.record import Record
 
@@ -30,10 +29,20 @@ if TYPE_CHECKING:
 PARQUET = "geometry.parquet"
 
 _TEXT = ("name", "role", "status", "reason", "a", "b")
-_INTEGERS = ("layer", "rows", "cols", "resolved_a", "resolved_b", "intruders_a", "intruders_b", "common_rank")
-_SIDES = ("left", "right")
-# Rank at which one number stands for a table: LoRA's usual one.
-_SHOWN = 8
+_INTEGERS = (
+    "layer",
+    "rows",
+    "cols",
+    "resolved_a",
+    "resolved_b",
+    "intruders_a",
+    "intruders_b",
+    "determined_a",
+    "determined_b",
+    "common_rank",
+)
+# Ranks at which one number stands for a table or a curve.
+_SHOWN = (SHARED, RANKS[-1])
 COLUMNS = (
     "name",
     "layer",
@@ -73,6 +82,8 @@ COLUMNS = (
     "resolved_b",
     "intruders_a",
     "intruders_b",
+    "determined_a",
+    "determined_b",
 )
 
 
@@ -105,6 +116,8 @@ class Geometry:
         Leading directions of Δ_a that its errors (storage rounding, floating point) cannot have turned by 30°.
     ``intruders_a``
         Of the ten leading directions of W + Δ_a, those with |cos| < 0.5 to every direction of W.
+    ``determined_a``
+        Of the same ten, those that are directions at all: no known error can have turned them by 30°.
     """
 
     records: tuple[Record, ...]
@@ -114,6 +127,18 @@ class Geometry:
     def labels(self) -> tuple[str, ...]:
         """Short names of the updates, in order."""
         return tuple(update["label"] for update in self.info["updates"])
+
+    @cached_property
+    def _matrices(self) -> tuple[MatrixRow, ...]:
+        return read_records(self.records)
+
+    @cached_property
+    def _pooled(self) -> tuple[PooledPair, ...]:
+        return pool_pairs(self._matrices, len(self.labels))
+
+    @cached_property
+    def _updates(self) -> tuple[PooledUpdate, ...]:
+        return pool_updates(self._matrices, self.labels)
 
     @cached_property
     def _by_name(self) -> Mapping[str, Record]:
@@ -135,7 +160,8 @@ class Geometry:
     @cached_property
     def frame(self) -> pd.DataFrame:
         """One row a tensor and pair; NaN where a number does not apply. Columns: see the class."""
-        rows = [row for record in self.records for row in self._rows(record)]
+        both = zip(self.records, self._matrices, strict=True)
+        rows = [row for record, matrix in both for row in self._rows(record, matrix)]
         data: dict[str, Any] = {}
         for column in COLUMNS:
             cells = [row.get(column) for row in rows]
@@ -148,56 +174,56 @@ class Geometry:
         frame: pd.DataFrame = pd.DataFrame(data)
         return frame
 
-    def _rows(self, record: Record) -> Iterator[Record]:
+    def _rows(self, record: Record, matrix: MatrixRow) -> Iterator[Record]:
         known = {key: record.get(key) for key in (*COLUMNS[:7], "base_frobenius")}
-        pairs = record.get("pairs") or ()
-        for pair in pairs:
-            yield known | _flat(record, pair, self.labels)
-        if not pairs:
+        for pair in matrix.pairs.values():
+            yield known | _flat(matrix, pair, self.labels)
+        if not matrix.pairs:
             yield known
 
     @cached_property
     def pairs(self) -> pd.DataFrame:
-        """One row a pair of updates, pooled over the matrices that both change.
+        """One row a pair of updates, pooled over the matrices that both change: the numbers of the report.
 
         Cosine and captured shares are weighted by energy; ``above_chance_…`` are medians of the overlap of the leading
-        eight directions, or as many as both have; intruders are counted. ``…_chance`` is what random directions would
-        give, ``optimum_…`` the most that so many directions can hold.
+        ``rank`` directions, eight or as many as most matrices have of both. ``capture_a_in_b`` and its like are told at
+        the rank of an adapter, else at the largest that is known, and again at 8 and at 64; ``optimum_…`` is the most
+        that so many directions can hold, ``…_chance`` what random ones would. ``intruders_…`` count among ``matched_…``
+        leading directions of all compared matrices that an update changes, of which ``determined_…`` are directions at
+        all.
         """
-        rows = []
-        for a, b in combinations(range(len(self.labels)), 2):
-            found = list(pooled.pairs_of(self.records, a, b))
-            size = [math.sqrt(sum(r["updates"][i]["frobenius"] ** 2 for r, _ in found)) for i in (a, b)]
-            cosine, deviation = pooled.cosine(self.records, a, b)
-            row: Record = {
-                "a": self.labels[a],
-                "b": self.labels[b],
-                "matrices": len(found),
-                "frobenius_a": size[0],
-                "frobenius_b": size[1],
-                "norm_ratio": size[1] / size[0] if size[0] > 0 else math.nan,
-                "cosine": cosine,
-                "cosine_std": deviation,
-            }
-            for side in _SIDES:
-                values = [
-                    pooled.overlap_above(record, pair, min(_SHOWN, common), min(_SHOWN, common), side)
-                    for record, pair in found
-                    if (common := _common_rank(pair)) is not None
-                ]
-                row[f"above_chance_{side}"] = float(np.nanmedian(values)) if values else math.nan
-            for way, (x, y), own in (("a_in_b", (a, b), "a"), ("b_in_a", (b, a), "b")):
-                curve = pooled.capture(self.records, x, y)
-                for rank in (_SHOWN, RANKS[-1]):
-                    at = RANKS.index(rank)
-                    row[f"capture_{way}_{rank}"] = float(curve.share[at])
-                    row[f"capture_{way}_{rank}_chance"] = float(curve.chance[at])
-                    row[f"optimum_{own}_{rank}"] = float(curve.optimum[at])
-            for own, i in (("a", a), ("b", b)):
-                row[f"intruders_{own}"], row[f"matched_{own}"] = pooled.intruders(self.records, i)
-            rows.append(row)
-        frame: pd.DataFrame = pd.DataFrame(rows)
+        frame: pd.DataFrame = pd.DataFrame([self._pair(pair) for pair in self._pooled])
         return frame
+
+    def _pair(self, pair: PooledPair) -> Record:
+        row: Record = {
+            "a": self.labels[pair.a],
+            "b": self.labels[pair.b],
+            "matrices": pair.matrices,
+            "relative_frobenius_a": pair.relative[0],
+            "relative_frobenius_b": pair.relative[1],
+            "norm_ratio": pair.relative[1] / pair.relative[0] if pair.relative[0] > 0 else math.nan,
+            "cosine": pair.cosine,
+            "cosine_std": pair.cosine_std,
+            "rank": pair.rank,
+        }
+        row |= {f"above_chance_{side}": pair.shared_above(side) for side in SIDES}
+        for way, own in zip(WAYS, "ab", strict=True):
+            held = pair.captured[way]
+            row |= {f"capture_{way}": held.share, f"capture_{way}_chance": held.random, f"optimum_{own}": held.best}
+            for rank in _SHOWN:
+                at = RANKS.index(rank)
+                row[f"capture_{way}_{rank}"] = float(held.both[at])
+                row[f"capture_{way}_{rank}_chance"] = float(held.chance[at])
+                row[f"optimum_{own}_{rank}"] = float(held.optimum[at])
+        for own, place in (("a", pair.a), ("b", pair.b)):
+            update = self._updates[place]
+            row |= {
+                f"intruders_{own}": update.count(EPSILON),
+                f"matched_{own}": update.directions,
+                f"determined_{own}": update.clear,
+            }
+        return row
 
     @property
     def plot(self) -> GeometryPlots:
@@ -244,46 +270,40 @@ class Geometry:
         labels = " · ".join(html.escape(label) for label in self.labels)
         base = html.escape(str(self.info["base"]["ref"]))
         table = self.pairs.to_html(index=False, border=0, float_format=lambda value: f"{value:.4g}")
-        figure = inline_svg(self.plot.capture) if self.pairs.matrices.sum() else ""
+        figure = inline_svg(self.plot.capture) if self._pooled else ""
         return f"<h4>{labels}</h4><p>updates of {base}</p>{table}{figure}"
 
 
-def _common_rank(pair: Mapping[str, Any]) -> int | None:
-    """Give the largest tabulated rank that is known of both updates."""
-    common = [rank for i, rank in enumerate(RANKS) if pair["overlap_left"][i][i] is not None]
-    return common[-1] if common else None
-
-
-def _flat(record: Record, pair: Record, labels: tuple[str, ...]) -> Record:
+def _flat(row: MatrixRow, pair: PairRow, labels: tuple[str, ...]) -> Record:
     """What the frame shows of one tensor and pair."""
-    a, b = pair["a"], pair["b"]
-    row: Record = {
-        "a": labels[a],
-        "b": labels[b],
-        "norm_ratio": pair["norm_ratio"],
-        "cosine": pair["cosine"],
-        "cosine_std": pair["cosine_std"],
+    places = [i for i in range(len(RANKS)) if math.isfinite(pair.left.overlap[i, i])]
+    common = places[-1] if places else None
+    flat: Record = {
+        "a": labels[pair.a],
+        "b": labels[pair.b],
+        "norm_ratio": pair.norm_ratio,
+        "cosine": pair.cosine,
+        "cosine_std": pair.cosine_std,
+        "common_rank": None if common is None else RANKS[common],
     }
-    for own, position in (("a", a), ("b", b)):
-        update = record["updates"][position]
-        row |= {f"{key}_{own}": update.get(key) for key in ("frobenius", "relative_frobenius")}
-        row[f"resolved_{own}"] = update["resolved"]
-        if "intruder_cosines" in update:
-            row[f"intruders_{own}"] = sum(value < EPSILON for value in update["intruder_cosines"])
-        for rank in (_SHOWN, RANKS[-1]):
-            row[f"optimum_{own}_{rank}"] = update["optimum"][RANKS.index(rank)]
-    row["common_rank"] = _common_rank(pair)
-    for side in _SIDES:
-        for rank, suffix in ((_SHOWN, "8"), (row["common_rank"], "common")):
-            if rank is not None:
-                at = RANKS.index(rank)
-                row[f"overlap_{side}_{suffix}"] = pair[f"overlap_{side}"][at][at]
-                row[f"above_chance_{side}_{suffix}"] = pooled.overlap_above(record, pair, rank, rank, side)
-    for way, (x, y) in (("a_in_b", (a, b)), ("b_in_a", (b, a))):
-        curve = pooled.shares(record, pair, x, y)
-        for rank in (_SHOWN, RANKS[-1]):
-            row[f"capture_{way}_{rank}"] = curve[RANKS.index(rank)]
-    return row
+    for own, position in (("a", pair.a), ("b", pair.b)):
+        update = row.updates[position]
+        flat |= {
+            f"frobenius_{own}": update.frobenius,
+            f"relative_frobenius_{own}": update.relative,
+            f"resolved_{own}": update.resolved,
+        }
+        if update.cosines:
+            flat |= {f"intruders_{own}": update.intruders(EPSILON), f"determined_{own}": sum(update.clear)}
+        flat |= {f"optimum_{own}_{rank}": update.optimum_at(rank) for rank in _SHOWN}
+    for side in SIDES:
+        raw, above = getattr(pair, side).overlap, row.above_chance(pair, side)
+        for at, suffix in ((RANKS.index(SHARED), SHARED), (common, "common")):
+            if at is not None:
+                flat |= {f"overlap_{side}_{suffix}": raw[at, at], f"above_chance_{side}_{suffix}": above[at, at]}
+    for way in WAYS:
+        flat |= {f"capture_{way}_{rank}": pair.captured[way]["both"][RANKS.index(rank)] for rank in _SHOWN}
+    return flat
 
 
 @dataclass(frozen=True)
@@ -291,6 +311,11 @@ class GeometryPlots:
     """Axes-level plots of a geometry; each takes an optional ``ax`` and returns it. Updates are given by position."""
 
     geometry: Geometry
+
+    @property
+    def _labels(self) -> list[str]:
+        """Names of the updates with no formula in them, which matplotlib sees between two dollars."""
+        return [label.replace("$", r"\$") for label in self.geometry.labels]
 
     def overlap(self, name: str, a: int = 0, b: int = 1, *, side: str = "left", ax: Axes | None = None) -> Axes:
         """Overlap φ(i, j) of one matrix' left (or right) directions; what is beyond resolution is hatched.
@@ -305,37 +330,41 @@ class GeometryPlots:
         from spectra.plot import plot_overlap
 
         record = self.geometry.record(name)
-        found = next(pooled.pairs_of([record], a, b), None)
-        if found is None or side not in _SIDES:
+        row = next(row for row in self.geometry._matrices if row.name == name)
+        pair = row.pairs.get((min(a, b), max(a, b)))
+        if pair is None or side not in SIDES:
             raise UsageError(
                 f"{name} has no {side!r} overlap of updates {a} and {b}: {record['status']} {record.get('reason', '')}"
             )
-        table = np.array(found[1][f"overlap_{side}"], dtype=np.float64)
-        updates, labels = record["updates"], self.geometry.labels
+        table, labels = getattr(pair, side).overlap, self._labels
         ax = new_axes() if ax is None else ax
         plot_overlap(
             ax,
-            table if found[1]["a"] == a else table.T,
+            table if a < b else table.T,
             RANKS,
             RANKS,
             names=(labels[a], labels[b]),
-            resolved=(updates[a]["resolved"], updates[b]["resolved"]),
+            resolved=(row.updates[a].resolved, row.updates[b].resolved),
         )
         return ax
 
     def capture(self, a: int = 0, b: int = 1, *, ax: Axes | None = None) -> Axes:
-        """Share of update a inside the leading directions of update b, between chance and optimum, all matrices."""
+        """Share of update a inside the leading directions of update b, between chance and optimum, all matrices.
+
+        Raises
+        ------
+        UsageError
+            If no matrix is changed by both.
+        """
         from spectra.plot import plot_capture
 
-        found, labels = pooled.capture(self.geometry.records, a, b), self.geometry.labels
+        pair = next((p for p in self.geometry._pooled if (p.a, p.b) == (min(a, b), max(a, b))), None)
+        if pair is None:
+            raise UsageError(f"no matrix is changed by both updates {a} and {b}: geometry.pairs lists what is compared")
+        held, labels = pair.captured["a_in_b" if a < b else "b_in_a"], self._labels
         ax = new_axes() if ax is None else ax
         plot_capture(
-            ax,
-            found.ranks,
-            found.share,
-            optimum=found.optimum,
-            chance=found.chance,
-            label=f"{labels[a]} in {labels[b]}",
+            ax, RANKS, held.both, optimum=held.optimum, chance=held.chance, label=f"{labels[a]} in {labels[b]}"
         )
         ax.legend(frameon=False)
         return ax
@@ -345,11 +374,9 @@ class GeometryPlots:
         from spectra.plot import plot_intruders
 
         ax = new_axes() if ax is None else ax
-        epsilons = np.linspace(0.05, 0.95, 19)
-        for i, label in enumerate(self.geometry.labels):
-            counted = [pooled.intruders(self.geometry.records, i, epsilon=float(epsilon)) for epsilon in epsilons]
-            if counted[0][1]:
-                plot_intruders(ax, epsilons, [TOP * count / matched for count, matched in counted], label=label)
+        for update in self.geometry._updates:
+            if update.intruders:
+                plot_intruders(ax, EPSILONS, update.intruders, label=self._labels[update.position])
         if ax.lines:
             ax.legend(frameon=False)
         return ax
@@ -364,20 +391,16 @@ class GeometryPlots:
         """
         from spectra.plot import plot_spectrum
 
-        ax = new_axes() if ax is None else ax
-        for label, update in zip(self.geometry.labels, self._chosen(name).get("updates", ()), strict=False):
-            if update["kind"] != "none":
-                plot_spectrum(ax, update["values"], floor=update.get("storage_floor"), label=label)
-        return ax
-
-    def _chosen(self, name: str | None) -> Record:
         if name is not None:
-            return self.geometry.record(name)
-
-        def moved(record: Record) -> float:
-            return max((update.get("relative_frobenius", 0.0) for update in record.get("updates", ())), default=-1.0)
-
-        return max(self.geometry.records, key=moved)
+            self.geometry.record(name)
+        ax = new_axes() if ax is None else ax
+        rows = [row for row in self.geometry._matrices if name in (None, row.name)]
+        chosen = max(rows, key=lambda row: max((u.relative for u in row.updates if u.changes), default=-1.0))
+        for label, update in zip(self._labels, chosen.updates, strict=False):
+            if update.changes:
+                floor = update.storage_floor if update.storage_floor > 0 else None
+                plot_spectrum(ax, update.values, floor=floor, label=label)
+        return ax
 
 
 def _schema() -> pa.Schema:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from spectra.delta import is_float
-from spectra.errors import MatrixError, NonFiniteMatrix, SpectraError
+from spectra.errors import MatrixError, NonFiniteMatrix, SpectraError, UnsupportedFormat
 from spectra.linalg.matrix import row_blocks, sum_of_squares
 from spectra.pairwise.operand import Array, Operand, decomposed, inner, leading, read, times, vectors
 from spectra.pairwise.ranks import RANKS, TOP
@@ -61,64 +61,59 @@ def measured(unit: Unit, asked: Asked) -> Record:
 
 
 def _compared(unit: Unit, asked: Asked) -> Record:
-    present = [delta for delta in unit.deltas if delta is not None]
-    _check_shapes(unit, asked.labels)
     rows, cols = unit.shape
     if rows * cols == 0:
-        return {"status": "empty", "reason": f"shape {present[0].base_info.shape} holds no entries"}
-    if not all(is_float(info.dtype) for delta in present for info in (delta.base_info, delta.tuned_info)):
+        return {"status": "empty", "reason": f"shape {unit.model.base_info.shape} holds no entries"}
+    if not is_float(unit.model.base_info.dtype):
         return {"status": "integer", "reason": "not floating point"}
     if min(rows, cols) == 1:
         return {"status": "vector"}
     whole = asked.whole(unit)
-    weights = present[0].weights()[:rows]
+    weights = unit.model.weights()[:rows]
     weights = weights if asked.device is None else weights.to(asked.device)
     frobenius = math.sqrt(sum_of_squares(weights))
     if not math.isfinite(frobenius):
         bad = sum(int((~torch.isfinite(block)).sum()) for block in row_blocks(weights))
         raise NonFiniteMatrix(f"{unit.record['name']}: {bad} NaN or infinite entries in base, of {weights.numel()}")
-    operands = _operands(unit, asked, whole)
-    changed = [(i, operand) for i, operand in enumerate(operands) if operand is not None]
-    row: Record = {"base_frobenius": frobenius, "nf4_floor": nf4_floor(weights)}
-    if not changed:
-        return {**row, "status": "unchanged", "updates": [{"kind": "none"} for _ in operands]}
-    updates: list[Record] = [{"kind": "none"} for _ in operands]
+    updates, changed = _operands(unit, asked, whole)
+    nf4 = nf4_floor(weights)
     for i, operand in changed:
-        delta = unit.deltas[i]
-        updates[i] = _update(operand, weights, frobenius, row["nf4_floor"], asked.rank)
-        updates[i]["dtype"] = delta.tuned_info.dtype if delta is not None else ""
-    if whole and frobenius > 0.0:
+        updates[i] |= _update(operand, weights, frobenius, nf4, asked.rank)
+    row: Record = {"base_frobenius": frobenius, "nf4_floor": nf4, "updates": updates}
+    if changed and whole and frobenius > 0.0:
         row |= _intruders(weights, changed, updates, asked.seed)
     pairs = [{"a": a, "b": b, **_pair(x, y, updates[a], updates[b])} for (a, x), (b, y) in combinations(changed, 2)]
-    routes = dict.fromkeys(operand.spectrum.certificate.method for _, operand in changed)
-    return {
-        **row,
-        "status": "ok" if pairs else "one_sided",
-        "route": "; ".join(routes),
-        "updates": updates,
-        "pairs": pairs,
-    }
+    if changed:
+        routes = dict.fromkeys(operand.spectrum.certificate.method for _, operand in changed)
+        row |= {"route": "; ".join(routes), "pairs": pairs}
+    failed = [update for update in updates if "status" in update]
+    if failed:
+        row["reason"] = "; ".join(update["reason"] for update in failed)
+    alone = failed[0]["status"] if failed else "one_sided" if changed else "unchanged"
+    return row | {"status": "ok" if pairs else alone}
 
 
-def _check_shapes(unit: Unit, labels: Sequence[str]) -> None:
-    shapes = {label: delta.shape for label, delta in zip(labels, unit.deltas, strict=True) if delta is not None}
-    if len(set(shapes.values())) > 1:
-        said = ", ".join(f"{label} {shape[0]} × {shape[1]}" for label, shape in shapes.items())
-        raise MatrixError(f"the updates are not of one shape: {said}")
-
-
-def _operands(unit: Unit, asked: Asked, whole: bool) -> list[Operand | None]:
-    found: list[Operand | None] = []
-    for label, delta in zip(asked.labels, unit.deltas, strict=True):
-        with _named(label):
-            if delta is not None:
-                refuse_scaled(delta)
-            found.append(
-                None
-                if delta is None
-                else read(delta, rank=asked.rank, whole=whole, seed=asked.seed, device=asked.device)
-            )
-    return found
+def _operands(unit: Unit, asked: Asked, whole: bool) -> tuple[list[Record], list[tuple[int, Operand]]]:
+    """Read every update: one record each, and those that change the matrix by position. One that fails says why."""
+    updates: list[Record] = []
+    changed = []
+    for i, (label, delta, refused) in enumerate(zip(asked.labels, unit.deltas, unit.refused, strict=True)):
+        updates.append({"kind": "none"})
+        if delta is None:
+            updates[i] |= {"status": "shape_mismatch", "reason": f"{label}: {refused}"} if refused else {}
+            continue
+        with failing_into(updates[i]), _named(label):
+            if delta.shape != unit.shape:
+                own, others = (f"{rows} × {cols}" for rows, cols in (delta.shape, unit.shape))
+                raise MatrixError(f"{own} entries, where {asked.labels[unit.deltas.index(unit.model)]} has {others}")
+            if not is_float(delta.tuned_info.dtype):
+                raise UnsupportedFormat(f"{delta.tuned_info.dtype}, where the base is {delta.base_info.dtype}")
+            refuse_scaled(delta)
+            operand = read(delta, rank=asked.rank, whole=whole, seed=asked.seed, device=asked.device)
+            if operand is not None:
+                updates[i]["dtype"] = delta.tuned_info.dtype
+                changed.append((i, operand))
+    return updates, changed
 
 
 @contextmanager
@@ -165,6 +160,7 @@ def _update(operand: Operand, weights: torch.Tensor, base: float, nf4: float, ra
             "frobenius": spectrum.frobenius,
             "relative_frobenius": spectrum.frobenius / base if base > 0 else math.nan,
             "storage_floor": certificate.storage_floor,
+            "storage_frobenius": operand.rounding,
             "spectral_norm": float(spectrum.values[0]),
             "rank_limit": operand.rank_limit,
             "held": held,
@@ -195,7 +191,10 @@ def _intruders(
     base = decomposed(wide)
     top, basis = min(TOP, min(weights.shape)), 0
     for i, operand in changed:
-        found = intruders(base, leading(operand.added_to(wide), top, seed=seed), top=top)
+        tuned = leading(operand.added_to(wide), top, seed=seed)
+        # W + Δ is no better known than Δ is.
+        known = replace(tuned.certificate, storage_floor=operand.spectrum.certificate.storage_floor)
+        found = intruders(base, replace(tuned, certificate=known), top=top)
         updates[i]["intruder_cosines"] = _numbers(found.cosines)
         updates[i]["intruder_resolved"] = [bool(known) for known in found.resolved]
         basis = found.basis

@@ -22,10 +22,13 @@ class Unit:
         What is known before anything is read: name, layer, role, shape, dtype, status.
     deltas : tuple of delta or None
         One an update, in order; None where it has none of this tensor.
+    refused : tuple of str
+        One an update: why it has the tensor and no delta of it, its shape; "" otherwise.
     """
 
     record: Record
     deltas: tuple[AnyDelta | None, ...]
+    refused: tuple[str, ...]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -36,6 +39,11 @@ class Unit:
     def present(self) -> list[AnyDelta]:
         """Updates that there are."""
         return [delta for delta in self.deltas if delta is not None]
+
+    @property
+    def model(self) -> AnyDelta:
+        """The first update of the tensor's shape: what the others are held against."""
+        return next(delta for delta in self.present if delta.shape == self.shape)
 
     @property
     def dense(self) -> list[AnyDelta]:
@@ -113,7 +121,7 @@ class Asked:
         rows, cols = unit.shape
         p, count = min(rows, cols), min(self.rank, rows, cols)
         wide = 8 if any("F64" in (d.base_info.dtype, d.tuned_info.dtype) for d in unit.present) else 4
-        stored = unit.present[0].base_info.nbytes + max((d.tuned_info.nbytes for d in unit.dense), default=0)
+        stored = unit.model.base_info.nbytes + max((d.tuned_info.nbytes for d in unit.dense), default=0)
         matrices = stored + wide * rows * cols * (len(unit.dense) + 2)
         held = 8 * (rows + cols) * count * (len(unit.present) + 2)
         if whole:

@@ -9,12 +9,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from spectra.command import printable, run, say, tell
 from spectra.errors import SpectraError, UsageError
+
+if TYPE_CHECKING:
+    from spectra.comparison import Plan as Comparison
+    from spectra.extract import Plan as Extraction
 
 NAME = "python -m spectra.report"
 MANY_FIGURES = 12  # named one by one up to so many
@@ -94,6 +98,10 @@ def parse_pattern(ctx: click.Context, param: click.Parameter, value: str | None)
 @click.option(
     "--exclude", callback=parse_pattern, metavar="RE", help="No tensor whose name holds this regular expression."
 )
+@click.option("--export-lora", metavar="DIR", help="Write the update as a LoRA adapter of PEFT too, in a folder of its own: the best one of its ranks, directions where they help the whole model most.")  # fmt: skip # noqa: E501
+@click.option("--energy", type=float, metavar="SHARE", help="The adapter keeps this share of the update's squared norm with the fewest parameters.  [default: 0.9]")  # fmt: skip # noqa: E501
+@click.option("--export-rank", type=click.IntRange(min=1), metavar="K", help="The adapter keeps K directions of every matrix.")  # fmt: skip # noqa: E501
+@click.option("--parameters", type=click.IntRange(min=1), metavar="N", help="The adapter's factors take at most N parameters.")  # fmt: skip # noqa: E501
 @click.option("--allow-partial", is_flag=True, help="Go on where fewer than 95 % of the tensors match.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done and what it costs; compute and write nothing.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Small matrices to measure at a time. The numbers do not depend on it.  [default: one a core]")  # fmt: skip # noqa: E501
@@ -128,6 +136,7 @@ def command(base: str, tuned: str, **flags: Any) -> int:
       python -m spectra.report base/ tuned/
       python -m spectra.report bert-base-uncased org/my-bert@main --out report/
       python -m spectra.report base/ adapter/ --include attention --dry-run
+      python -m spectra.report base/ tuned/ --export-lora adapter/ --energy 0.8
       python -m spectra.report tuned/ adapter/ --base base/
       python -m spectra.report adapter/ adapter-2/ --also adapter-3/
 
@@ -145,14 +154,30 @@ def command(base: str, tuned: str, **flags: Any) -> int:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     work = _planned(base, tuned, flags)
     out = Path(flags["out"] or work.folder)
+    adapter = None
+    if flags["export_lora"] is not None:
+        adapter = _planned_export(work, flags, out)
     if flags["dry_run"]:
-        say(printable("\n".join([*work.lines, f"the report would go to {out}"])))
+        told = [] if adapter is None else [f"the adapter would go to {adapter.out}: {adapter.rule}"]
+        say(printable("\n".join([*work.lines, f"the report would go to {out}", *told])))
         return 0
     if not flags["quiet"]:
         say(printable("\n".join(["plan", *(f"  {line}" for line in work.lines), ""])), err=bool(flags["as_json"]))
     found = work.carry_out(out)
     _print_report(found, quiet=flags["quiet"], as_json=bool(flags["as_json"]))
-    return 1 if found.failed else 0
+    if adapter is None:
+        return 1 if found.failed else 0
+    from spectra.report.export import export
+
+    return 1 if export(adapter, flags).failed or found.failed else 0
+
+
+def _planned_export(work: _Work, flags: Mapping[str, Any], out: Path) -> Extraction:
+    from spectra.report.export import check_flags, plan_export
+
+    check_flags(flags, several=work.comparison is None)
+    assert work.comparison is not None
+    return plan_export(work.comparison, flags, report=out)
 
 
 @dataclass(frozen=True)
@@ -168,11 +193,15 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Work:
-    """A planned comparison: what it would do in words, its folder without ``--out``, and how to carry it out."""
+    """A planned comparison: what it would do in words, its folder without ``--out``, and how to carry it out.
+
+    `comparison` is its plan where it is of one update.
+    """
 
     lines: Sequence[str]
     folder: str
     carry_out: Callable[[Path], _Found]
+    comparison: Comparison | None = None
 
 
 def _planned(base: str, tuned: str, flags: Mapping[str, Any]) -> _Work:
@@ -208,7 +237,7 @@ def _one(base: str, tuned: str, flags: Mapping[str, Any]) -> _Work:
             data.verdict, lambda paint: render(data, paint=paint), summary(data), written, bool(data.failed)
         )  # fmt: skip
 
-    return _Work(todo.lines(), default_out(tuned), carry_out)
+    return _Work(todo.lines(), default_out(tuned), carry_out, todo)
 
 
 def _several(a: str, b: str, flags: Mapping[str, Any]) -> _Work:
@@ -290,7 +319,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _check(flags: dict[str, Any]) -> None:
     """Refuse what cannot work together, before anything is opened."""
-    several = flags["update_base"] is not None or flags["also"]  # --rank and --exact ask for different things of them
+    from spectra.report.export import check_flags
+
+    several = bool(flags["update_base"] is not None or flags["also"])
+    check_flags(flags, several=several)
+    # --rank and --exact ask for different things of several updates.
     if flags["rank"] is not None and flags["exact"] and not several:
         raise click.UsageError("--rank K asks for part of the spectrum and --exact for all of it: give one of them.")
     if flags["as_json"] not in (None, "-"):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spectra.report.directions import Budget, Directions, Share, bands, find_directions, spaced
 from spectra.report.flags import Flag, find_flags
 from spectra.report.rows import FAILURES, Interval, RunLike, TensorRow, pooled, read_rows
 from spectra.report.tables import Group, HeatMap, by_layer, by_role, heat_maps, rounding_share
@@ -34,6 +35,7 @@ class ReportData:
     by_role: tuple[Group, ...]
     by_layer: tuple[Group, ...]
     maps: tuple[HeatMap, ...]
+    directions: Directions | None
     rows: tuple[TensorRow, ...]
     info: Mapping[str, Any]
     command: str
@@ -50,7 +52,7 @@ def build_report(run: RunLike) -> ReportData:
     Parameters
     ----------
     run : Run
-        `spectra.Run`: its `frame` and `info` are read.
+        `spectra.Run`: its `frame`, its spectra and its `info` are read.
 
     Returns
     -------
@@ -68,6 +70,7 @@ def build_report(run: RunLike) -> ReportData:
         by_role=by_role(rows),
         by_layer=by_layer(rows),
         maps=heat_maps(rows),
+        directions=find_directions(run, rows),
         rows=rows,
         info=info,
         command=command_line(base, tuned, info.get("settings", {})),
@@ -95,7 +98,8 @@ def summary(data: ReportData) -> dict[str, Any]:
         "totals": {name: finite(value, 12) for name, value in data.totals.items()},
         "by_role": [_group(group, "role") for group in data.by_role],
         "by_layer": [_group(group, "layer") for group in data.by_layer],
-        "tensors": [_tensor(row) for row in data.rows],
+        "directions": None if data.directions is None else _directions(data.directions),
+        "tensors": [_tensor(row, data.directions) for row in data.rows],
     }
 
 
@@ -197,7 +201,38 @@ def _group(group: Group, name: str) -> dict[str, Any]:
     return {name: group.label, **held}
 
 
-def _tensor(row: TensorRow) -> dict[str, Any]:
+def _directions(found: Directions) -> dict[str, Any]:
+    return {
+        "said": list(found.said),
+        "matrices": len(found.matrices),
+        "matrix_parameters": found.parameters,
+        "budgets": [_budget(budget) for budget in found.budgets],
+        "shares": [_share(share) for share in found.shares],
+    }
+
+
+def _budget(budget: Budget) -> dict[str, Any]:
+    return {
+        "uniform_rank": budget.rank,
+        "parameters": budget.parameters,
+        "uniform_error": _bounds(budget.uniform),
+        "global_error": _bounds(budget.allocated),
+        "uniform_energy": _bounds(budget.uniform_energy),
+        "global_energy": _bounds(budget.allocated_energy),
+    }
+
+
+def _share(share: Share) -> dict[str, Any]:
+    """What a share takes; an upper end that is not known is null."""
+    return {
+        "share": share.share,
+        "uniform_rank": _bounds(share.rank),
+        "uniform_parameters": _bounds(share.uniform),
+        "global_parameters": _bounds(share.allocated),
+    }
+
+
+def _tensor(row: TensorRow, directions: Directions | None) -> dict[str, Any]:
     """One tensor of the summary: enough to follow the verdict; every column is in ``spectra.parquet``."""
     kept = ("signal_rank", "entropy_rank", "rank_90", "error_r8", "error_r16", "error_r64")
     held: dict[str, Any] = {"name": row.name, "status": row.status, "reason": row.reason}
@@ -205,6 +240,10 @@ def _tensor(row: TensorRow) -> dict[str, Any]:
         held |= {name: _bounds(row.measures[name]) for name in kept}
         held["rounding"] = finite(row.rounding, 12)
     held["relative_frobenius"] = finite(row.numbers["relative_frobenius"], 12)
+    if directions is not None and row.position in directions.matrices:
+        advice = directions.matrices[row.position]
+        held["advice"] = {name: _bounds(band) for name, band in bands(advice).items()}
+        held["advice"]["said"] = spaced(advice.verdict)
     return held
 
 

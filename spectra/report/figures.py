@@ -1,4 +1,4 @@
-"""The four figures of a report on one update: spectra, truncation errors, two maps."""
+"""The five figures of a report on one update: spectra, truncation errors, budgets of parameters, two maps."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from spectra.plot import DASHES, DEPTHS, RANK_MARKS, SERIES, draw_error_curve, style_error_axes, tidy
 from spectra.report.build import ReportData
+from spectra.report.directions import Directions
 from spectra.report.drawing import FAINT, Drawing, drawing_style, evenly_at, finished, heat_map_drawing
 from spectra.report.rows import TensorRow
 from spectra.report.text import counted, elide, number, visible
@@ -32,14 +33,15 @@ def draw_figures(data: ReportData) -> tuple[Drawing, ...]:
     Returns
     -------
     tuple of Drawing
-        ``spectra``, ``truncation``, ``relative_change``, ``effective_rank``. The bytes depend on the data and the
-        version of matplotlib alone.
+        ``spectra``, ``truncation``, ``budgets``, ``relative_change``, ``effective_rank``. The bytes depend on the data
+        and the version of matplotlib alone.
     """
     roles = _main_roles(data.rows)
     if not roles:
         return ()
     with drawing_style():
         drawings = [_spectra(roles), _truncation(roles)]
+        drawings += [] if data.directions is None else [_budgets(data.directions)]
         drawings += [heat_map_drawing(heat_map) for heat_map in data.maps]
     return tuple(drawings)
 
@@ -135,6 +137,18 @@ def _truncation(roles: Mapping[str, list[TensorRow]]) -> Drawing:
         "dots at ranks 8, 16 and 64. A shaded band, where there is one, is the certified interval of truncated spectra."
     )
     return finished("truncation", "Truncation error", caption, figure)
+
+
+def _budgets(found: Directions) -> Drawing:
+    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+    found.model.plot.budgets(ax=figure.subplots())
+    caption = (
+        "What a budget of parameters leaves of all updates together, ‖Δ − Δᵣ‖ / ‖Δ‖: spent on one rank everywhere "
+        "(equal ranks, written beside the upper curve) and spent where directions help most (best ranks). A shaded "
+        "band, where there is one, is the certified interval of truncated spectra; the dotted line is then what no "
+        "ranks can go below."
+    )
+    return finished("budgets", "Error against parameters", caption, figure)
 
 
 def _median_curve(held: Sequence[TensorRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -160,6 +160,13 @@ TERMS = (
         "Gavish and Donoho (2014)",
     ),
     Term(
+        "elbow",
+        "elbow",
+        "#{σᵢ > ‖Δ‖ / √p}",
+        "Where the curve of kept energy bends most: directions of more than the average energy.",
+        "Kneedle, Satopää et al. (2011), on that curve; Kaiser (1960)",
+    ),
+    Term(
         "decay_exponent",
         "decay exponent",
         "α in p(λ) ∝ λ^(−α), λ = σ²",
@@ -215,6 +222,12 @@ GENERAL = (
         "Medians and bounds",
         "Lines by role and layer give medians over matrices. A range such as 120–180 is a certified interval: the "
         "exact value lies inside, since only part of the spectrum was computed.",
+    ),
+    (
+        "Energy and budgets",
+        "The energy of an update is ‖Δ‖², rounding included. A budget is what one rank in every matrix costs, rows + "
+        "columns parameters a direction. Spent where it helps most, the same budget goes to whichever directions of "
+        "the whole model hold most energy for their cost: exactly, so that it never does worse.",
     ),
     (
         "LoRA’s bet",

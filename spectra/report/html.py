@@ -19,9 +19,10 @@ import jinja2
 import matplotlib
 from markupsafe import Markup, escape
 
+from spectra.report.directions import at_least
 from spectra.report.rows import Interval
 from spectra.report.tables import Cell, Group, HeatMap, share_span, span
-from spectra.report.text import elide, number, percent, size, trace, visible, whole_percent
+from spectra.report.text import elide, grouped, number, percent, size, trace, visible, whole_percent
 
 SHADES = 33  # steps of viridis in a map: finer than anyone can tell apart in a cell
 DENSE = 14  # layers beyond which the cells of a map are too narrow for numbers
@@ -186,6 +187,8 @@ def _environment() -> jinja2.Environment:
         "above": whole_percent,
         "size": size,
         "limits": _limits,
+        "at_least": at_least,
+        "grouped": grouped,
     }
     environment.globals |= {
         "shade": _shade,

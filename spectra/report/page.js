@@ -22,6 +22,7 @@ function content(row) {
     parts.push(element("h3", {}, "Spectrum", toggle), spectrum);
     parts.push(element("h3", {}, "What rank r would leave out"), errorPlot(row));
   }
+  if (row.advice) parts.push(element("h3", {}, "How many directions"), advice(row));
   if (row.certificate) {
     parts.push(element("h3", {}, "Certificate"), element("p", { class: "certificate" }, row.certificate));
   }
@@ -47,6 +48,35 @@ function numbers(row, known) {
       element("td", { class: "said" }, term.reading));
   });
   return element("table", { class: "numbers" }, element("tbody", {}, ...rows));
+}
+
+// What each criterion says, with its place between 1 and all directions: where the marks lie apart, criteria disagree.
+function advice(row) {
+  const held = row.advice;
+  const lines = DATA.criteria.map((label, i) => {
+    const band = held.bands[i];
+    const known = band !== null;
+    const told = known ? value(band, "number") : "–";
+    const mark = known ? strip(band, row.limit) : element("span", { class: "lacking" }, held.lacking[i] ?? "");
+    return element("tr", {}, element("th", { scope: "row" }, label), element("td", { class: "value" }, told),
+      element("td", { class: "place" }, mark));
+  });
+  const foot = element("p", { class: "scale-note" }, `0 and 1 at the left, all ${row.limit} at the right; logarithmic`);
+  return element("div", { id: "advice" }, element("p", { class: "certificate" }, held.said),
+    element("table", { class: "numbers advice" }, element("tbody", {}, ...lines)), foot);
+}
+function strip(band, limit) {
+  const [low, high] = Array.isArray(band) ? band : [band, band];
+  const x = scale(1, Math.max(limit, 2), 6, 234, true);
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  for (const [name, given] of Object.entries({ viewBox: "0 0 240 14", class: "strip", "aria-hidden": "true" })) {
+    svg.setAttribute(name, given);
+  }
+  shape(svg, "line", { x1: 6, x2: 234, y1: 7, y2: 7, class: "track" });
+  const [from, to] = [low, high].map((at) => x(Math.max(at, 1)).toFixed(1));
+  if (from !== to) shape(svg, "line", { x1: from, x2: to, y1: 7, y2: 7, class: "reach" });
+  for (const at of new Set([from, to])) shape(svg, "circle", { cx: at, cy: 7, r: 4, class: high < 1 ? "none" : "dot" });
+  return svg;
 }
 
 function spectrumPlot(row) {

@@ -8,11 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
+from spectra.advice import LABELS, Advice
 from spectra.report.build import ReportData, certificate_words
+from spectra.report.directions import bands, spaced
 from spectra.report.drawing import Drawing, inline
 from spectra.report.glossary import GENERAL, TERMS
 from spectra.report.html import Line, line, render, script_of, short, style_of
-from spectra.report.rows import MEASURES, NUMBERS, TensorRow
+from spectra.report.rows import MEASURES, NUMBERS, Interval, TensorRow
 from spectra.report.tables import share_span, span
 from spectra.report.text import dump, finite, percent, trace, visible
 
@@ -47,7 +49,7 @@ def render_page(data: ReportData, drawings: Iterable[Drawing]) -> str:
     str
         An HTML document that is complete without any other file and without a network.
     """
-    figures = {d.key: d for d in drawings if d.key in ("spectra", "truncation")}
+    figures = {d.key: (d, Markup(inline(d))) for d in drawings if d.key in ("spectra", "truncation", "budgets")}
     return render(
         "page.html",
         style=style_of(),
@@ -57,7 +59,7 @@ def render_page(data: ReportData, drawings: Iterable[Drawing]) -> str:
         about=("How much, and where", "How many directions", "How sure"),
         base=short(data.base),
         tuned=short(data.tuned),
-        figures=[(d, Markup(inline(d))) for d in figures.values()],
+        figures=figures,
         columns=COLUMNS,
         lines=[_line(row) for row in data.rows],
         terms=TERMS,
@@ -81,12 +83,13 @@ def payload(data: ReportData) -> dict[str, Any]:
             {"key": t.key, "label": t.label, "kind": t.kind, "reading": t.reading}
             for t in TERMS
         ],
-        "rows": [_row(row, grids) for row in data.rows],
+        "criteria": [spaced(label) for label in LABELS.values()],
+        "rows": [_row(row, data, grids) for row in data.rows],
         "grids": [list(grid) for grid in grids],
     }  # fmt: skip
 
 
-def _row(row: TensorRow, grids: dict[tuple[int, ...], int]) -> dict[str, Any]:
+def _row(row: TensorRow, data: ReportData, grids: dict[tuple[int, ...], int]) -> dict[str, Any]:
     plain: dict[str, Any] = {
         "name": visible(row.name),
         "layer": row.layer,
@@ -99,6 +102,8 @@ def _row(row: TensorRow, grids: dict[tuple[int, ...], int]) -> dict[str, Any]:
     }
     if row.analysed:
         plain |= {"limit": row.limit, "certificate": visible(certificate_words(row)), "noisy": row.mostly_rounding}
+    if data.directions is not None and row.position in data.directions.matrices:
+        plain["advice"] = _advice(data.directions.matrices[row.position])
     if row.curve:
         grid = grids.setdefault(row.curve.index, len(grids))
         curve = row.curve
@@ -108,13 +113,24 @@ def _row(row: TensorRow, grids: dict[tuple[int, ...], int]) -> dict[str, Any]:
     return plain
 
 
+def _advice(advice: Advice) -> dict[str, Any]:
+    """What each criterion says, in the order of the page's list of them, and why those are silent that are."""
+    held = {"bands": [_ends(band) if band.known else None for band in bands(advice).values()]}
+    lacking = {str(i): band.reason for i, band in enumerate(advice.bands.values()) if band.reason}
+    return held | {"lacking": lacking, "said": spaced(advice.verdict)}
+
+
+def _ends(interval: Interval) -> Any:
+    ends = [finite(interval.low, DIGITS), finite(interval.high, DIGITS)]
+    return ends[0] if interval.exact or ends[0] == ends[1] else ends
+
+
 def _numbers(row: TensorRow) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for name in MEASURES:
         interval = row.measures[name]
         if interval.known:
-            ends = [finite(interval.low, DIGITS), finite(interval.high, DIGITS)]
-            known[name] = ends[0] if interval.exact or ends[0] == ends[1] else ends
+            known[name] = _ends(interval)
     for name in NUMBERS:
         value = finite(row.numbers[name], DIGITS)
         if value is not None:

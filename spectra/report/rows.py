@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from spectra.plot import truncation_curve
+from spectra.values import Spectrum
 
 # Measures of the spectrum: a truncated one has `<name>_low` and `<name>_high` in place of a value.
 MEASURES = (
@@ -39,6 +40,9 @@ class RunLike(Protocol):
     @property
     def info(self) -> Mapping[str, Any]:
         """Inputs, matching, settings, versions."""
+
+    def spectrum(self, name: str) -> Spectrum:
+        """Singular values of one matrix's update, with their certificate."""
 
     def save(self, directory: Any) -> Any:
         """Write ``spectra.parquet`` and what goes with it."""

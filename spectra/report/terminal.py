@@ -62,6 +62,7 @@ def render(data: ReportData, *, paint: Paint = plain) -> str:
         [*_inputs(data)],
         _table("by role", "role", data.by_role, paint),
         _table("by layer", "layer", data.by_layer, paint),
+        _directions(data, paint),
         flag_lines(data.flags, paint),
         verdict_lines(data.verdict, paint),
     ]
@@ -148,6 +149,13 @@ def aligned(
             shown = [elide(line[0], COLUMNS), _line(("", *line[1:]), widths)]
         text += [paint(part, "alarm") for part in shown] if alarm else shown
     return text
+
+
+def _directions(data: ReportData, paint: Paint) -> list[str]:
+    if data.directions is None:
+        return []
+    said = [line for sentence in data.directions.said for line in wrapped(sentence, "  ", first="")]
+    return [paint("how many directions", "title"), *said]
 
 
 def _cells(group: Group) -> tuple[str, ...]:

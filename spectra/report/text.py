@@ -248,7 +248,23 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     >>> counted(1, "matrix", "matrices"), counted(36, "matrix", "matrices"), counted(0, "flag")
     ('1 matrix', '36 matrices', '0 flags')
     """
-    return f"{count:,} {noun if count == 1 else plural or noun + 's'}".replace(",", "\u202f")
+    return f"{grouped(count)} {noun if count == 1 else plural or noun + 's'}"
+
+
+def grouped(count: int) -> str:
+    """Return a whole number with its digits in groups of three.
+
+    Parameters
+    ----------
+    count : int
+        How many.
+
+    Examples
+    --------
+    >>> grouped(1234567) == "1\u202f234\u202f567"
+    True
+    """
+    return f"{count:,}".replace(",", "\u202f")
 
 
 def listed(names: Sequence[str], *, most: int = 3) -> str:

@@ -14,6 +14,20 @@ from spectra.values import Spectrum, Vector
 _FLOAT32 = 8.0 * float(np.finfo(np.float32).eps)
 
 
+def vector_roundoff(a: Spectrum) -> float:
+    """Bound on ‖Av_i − s_iu_i‖ and ‖Aᵀu_i − s_iv_i‖ that is left by vectors held in float32; 0 for float64.
+
+    Examples
+    --------
+    >>> from spectra.values import Certificate
+    >>> A = Spectrum(np.array([2.0]), (3, 1), 2.0, Certificate("by hand"), left=np.eye(3, 1, dtype=np.float32))
+    >>> vector_roundoff(A) / 2.0**-23
+    16.0
+    """
+    held = any(vectors is not None and vectors.dtype == np.float32 for vectors in (a.left, a.right))
+    return _FLOAT32 * float(a.values[0]) if held else 0.0
+
+
 def subspace_sines(a: Spectrum) -> Vector:
     """Bounds on the sines of the angles that all known errors can have turned the leading subspaces by.
 
@@ -101,6 +115,4 @@ def _perturbation(a: Spectrum) -> Vector:
     size = np.full(len(a.values), floor + certificate.roundoff)
     squared = np.full(len(a.values), certificate.squared_roundoff)
     size += squared * np.divide(squared, a.values, out=np.ones_like(squared), where=a.values > squared)
-    if any(held is not None and held.dtype == np.float32 for held in (a.left, a.right)):
-        size += _FLOAT32 * float(a.values[0])
-    return size
+    return size + vector_roundoff(a)

@@ -173,6 +173,34 @@ def test_the_panel_says_everything_about_its_matrix(opened: Chrome) -> None:
     assert numbers == 0
 
 
+def test_the_panel_shows_what_the_criteria_advise(opened: Chrome) -> None:
+    find(opened, "#filter").send_keys(KEY)
+    jump(opened, find(opened, "tr:not([hidden]) .open"))
+    assert "may be rounding" in find(opened, "#advice .certificate").text
+    lines = opened.find_elements(By.CSS_SELECTOR, "#advice tr")
+    labels = [line.find_element(By.CSS_SELECTOR, "th").text for line in lines]
+    assert len(labels) == 10
+    assert "above the storage floor" in labels
+    places = {
+        label: float(line.find_element(By.CSS_SELECTOR, "circle").get_attribute("cx") or "nan")
+        for label, line in zip(labels, lines, strict=True)
+    }
+    assert places["above the storage floor"] < places["90 % of the energy"], "fewer directions lie further left"
+    find(opened, "#filter").clear()
+    find(opened, "#filter").send_keys("word_embeddings")
+    jump(opened, find(opened, "tr:not([hidden]) .open"))
+    assert opened.find_elements(By.CSS_SELECTOR, "#advice .reach"), "a truncated spectrum's advice is a band"
+
+
+def test_the_budgets_stand_in_tables(opened: Chrome) -> None:
+    ranks = [cell.text for cell in opened.find_elements(By.CSS_SELECTOR, "#budgets-table tbody th")]
+    assert ranks == ["1", "2", "4", "8", "16", "32", "64"]
+    assert len(opened.find_elements(By.CSS_SELECTOR, "#shares-table tbody tr")) == 4
+    assert "or more" in find(opened, "#shares-table").text
+    jump(opened, find(opened, "nav a[href='#directions']"))
+    assert opened.execute_script("return location.hash") == "#directions"
+
+
 def test_a_truncated_spectrum_shows_its_band(opened: Chrome) -> None:
     find(opened, "#filter").send_keys("word_embeddings")
     jump(opened, find(opened, "tr:not([hidden]) .open"))

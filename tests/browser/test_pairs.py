@@ -67,6 +67,68 @@ def test_hostile_names_are_inert(trio: Chrome) -> None:
     assert errors(trio) == []
 
 
+def test_hostile_text_of_every_kind_is_inert(browser: Chrome, tmp_path: Path) -> None:
+    """Names of updates, base and roles, dtypes, reasons, notes and transforms: all from files that a stranger made."""
+    evil = "\u202e</script><img src=x onerror=window.pwned=1><svg onload=window.pwned=1>$\\frac\x1b[2J"
+    labels = (evil, f"{evil}2", f"_{evil}")
+    rows = json.loads(json.dumps(planted_geometry(updates=3).records))
+    for row in rows:
+        row |= {"role": row["role"] + evil, "reason": evil, "dtype_base": evil}
+        for update in row["updates"]:
+            update["dtype"] = evil
+    lost = {"kind": "none", "status": "nonfinite", "reason": evil}
+    rows[0] = rows[0] | {"updates": [*rows[0]["updates"][:2], lost], "pairs": rows[0]["pairs"][:1]}
+    geometry = geometry_of(*rows, labels=labels, notes=[evil])
+    matching = {"matched": 1, "total": 2, "share": 0.5, "transforms": [evil]}
+    for side in (geometry.info["base"], *geometry.info["updates"]):
+        side |= {"ref": evil, "revision": evil, "notes": [evil], "matching": matching}
+        side["digests"] = [each | {"name": evil} for each in side["digests"]]
+    page = write_report(geometry, tmp_path)[0]
+    load(browser, page)
+    browser.execute_script("document.querySelectorAll('#table .open').forEach(button => button.click())")
+    for key in ("0-1", "0-2", "1-2"):
+        browser.execute_script(f"document.querySelector('[data-choose=\"{key}\"]').click()")
+        browser.execute_script(f"document.querySelector('#map-cosine-{key} .cell').click()")
+        browser.execute_script("document.getElementById('turn').click(); document.getElementById('chance').click()")
+    assert browser.execute_script("return window.pwned") is None
+    assert browser.execute_script("return window.violations") == []
+    assert errors(browser) == []
+    assert browser.execute_script("return document.querySelectorAll('img, [onload], [onerror]').length") == 0
+    for file in (page, *page.parent.rglob("*.svg"), page.parent / "summary.json", page.parent / "manifest.json"):
+        assert not set("\u202e\x1b") & set(file.read_text()), file.name
+    whole = browser.execute_script("return document.documentElement.outerHTML")
+    assert not set("\u202e\x1b") & set(whole)
+    assert "\\u202e" in whole, "shown, where it is"
+
+
+def test_an_update_that_failed_alone_says_so_in_the_panel(browser: Chrome, tmp_path: Path) -> None:
+    rows = list(planted_geometry(updates=3).records)
+    at = next(i for i, row in enumerate(rows) if row["status"] == "ok")
+    lost = {"kind": "none", "status": "nonfinite", "reason": "lora: 1 NaN"}
+    kept = {"reason": "lora: 1 NaN", "pairs": rows[at]["pairs"][1:2]}
+    rows[at] = rows[at] | kept | {"updates": [rows[at]["updates"][0], lost, rows[at]["updates"][2]]}
+    geometry = geometry_of(*rows, labels=("full", "lora", "lora-seed-1"))
+    load(browser, write_report(geometry, tmp_path)[0])
+    line = browser.find_elements(By.CSS_SELECTOR, "#table tbody tr")[at]
+    assert [cell.text for cell in line.find_elements(By.CSS_SELECTOR, "td, th")][4:] == [""] * 7, "no pair, no number"
+    jump(browser, line.find_element(By.CSS_SELECTOR, ".open"))
+    assert "lora: 1 NaN" in find(browser, "#panel .sub").text
+    jump(browser, find(browser, "[data-choose='0-2']"))
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#panel .grid")) == 2
+    assert errors(browser) == []
+
+
+def test_directions_that_are_none_are_counted(pair: Chrome) -> None:
+    """Eight of the ten planted leading directions are resolved: said in the verdict, the caption and the panel."""
+    text = find(pair, "main").text
+    assert "of those directions 72 of 90 in full and 72 of 90 in lora are resolved" in text.replace("\n", " ")
+    assert "72 of 90 in full" in find(pair, "#intruders figcaption").text
+    jump(pair, find(pair, "#map-shared-0-1 .cell"))
+    told = find(pair, "#panel").text
+    assert "full, 8 of 10 directions resolved" in told
+    assert "of those leading directions, resolved" in told
+
+
 def test_a_cell_opens_its_matrix_with_everything_about_it(pair: Chrome) -> None:
     jump(pair, find(pair, "#map-shared-0-1 [aria-label^='attention.self.query, layer 0']"))
     assert panel(pair) == QUERY

@@ -135,13 +135,14 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_killed_while_it_computes_leaves_no_folder(
-    pair: tuple[str, str], out: str, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[str, str], out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("spectra.extract.extraction.measure_model", interrupted)
     assert main([*pair, "--out", out, "--rank", "1"]) == 130
+    assert "written whole or not at all; the same command begins anew" in capsys.readouterr().err
     assert not Path(out).exists()
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -12,6 +13,7 @@ from spectra.checkpoints import Checkpoint
 from spectra.errors import CheckpointNotFound, JournalMismatch, MismatchError, UnsafeCheckpoint, UsageError
 from spectra.pairwise import Geometry, plan, plan_geometry
 from spectra.pairwise.opening import short_labels
+from spectra.report.pairs.build import build_report
 from tests.pairwise.small import SHAPES, base_tensors, write_checkpoint, write_lora
 
 NAMES = list(SHAPES)
@@ -236,6 +238,43 @@ def test_tables_and_plots(family):
         found.plot.overlap("encoder.layer.0.norm.weight")
     with pytest.raises(KeyError, match=r"geometry.frame.name"):
         found.record("nothing")
+
+
+def test_pooled_numbers_are_those_of_the_report(family):
+    """One pooling serves both: the notebook's table and the page cannot disagree."""
+    found = spectra.geometry(family.full, family.found, family.base, also=[family.other], progress=False)
+    data = build_report(found)
+    assert len(found.pairs) == len(data.pairs) == 3
+    for (_, row), pair in zip(found.pairs.iterrows(), data.pairs, strict=True):
+        assert (row.a, row.b) == (data.labels[pair.a], data.labels[pair.b])
+        assert (row.matrices, row.cosine, row.cosine_std) == (pair.matrices, pair.cosine, pair.cosine_std)
+        assert (row["rank"], row.above_chance_left) == (pair.rank, pair.shared_above("left"))
+        for way, own in (("a_in_b", "a"), ("b_in_a", "b")):
+            held = pair.captured[way]
+            told = row[f"capture_{way}"], row[f"optimum_{own}"], row[f"capture_{way}_chance"]
+            assert told == (held.share, held.best, held.random)
+        update = data.updates[pair.a]
+        assert (row.intruders_a, row.matched_a, row.determined_a) == (
+            update.count(0.5),
+            update.directions,
+            update.clear,
+        )
+        assert update.directions == 10 * update.matrices
+
+
+def test_a_name_with_dollars_is_no_formula(family, tmp_path):
+    copy = write_checkpoint(tmp_path / "$\\frac$", family.tuned)
+    found = spectra.geometry(copy, family.found, family.base, progress=False)
+    assert "<svg" in found._repr_html_()
+    for axes in (found.plot.overlap(NAMES[0]), found.plot.capture(), found.plot.intruders(), found.plot.spectra()):
+        axes.figure.canvas.draw()
+    plt.close("all")
+
+
+def test_updates_that_share_no_matrix_have_no_curve(family):
+    found = spectra.geometry(family.full, family.found, family.base, progress=False)
+    with pytest.raises(UsageError, match="no matrix is changed by both updates 0 and 7"):
+        found.plot.capture(0, 7)
 
 
 def test_labels_are_the_shortest_endings_that_differ():

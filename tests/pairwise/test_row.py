@@ -169,6 +169,7 @@ def test_every_kind_of_tensor_has_its_status(tmp_path):
         "new.head.weight": "tuned_only",
     }
     assert found.record(second)["reason"].startswith("two: ")
+    assert [update["kind"] for update in found.record(second)["updates"]] == ["none", "none"]
     alone = found.record(up)
     assert [update["kind"] for update in alone["updates"]] == ["dense", "none"]
     assert alone["updates"][0]["relative_frobenius"] == pytest.approx(0.1, rel=1e-5)
@@ -197,8 +198,101 @@ def test_updates_of_different_shapes_fail_the_tensor_and_not_the_rest(tmp_path):
     found = spectra.geometry(*paths, allow_partial=True, progress=False)
     record = found.record("embed.weight")
     assert record["status"] == "failed"
-    assert "a 40 × 16, b 36 × 16" in record["reason"]
+    assert record["reason"] == "MatrixError: b: 36 × 16 entries, where a has 40 × 16"
     assert found.record(NAMES[0])["status"] == "ok"
+
+
+def of_three(tmp_path, spoil):
+    """Three fine-tunes of one base, the first spoiled; compared, and compared without it."""
+    base = {name: tensor for name, tensor in base_tensors().items() if name in SHAPES}
+    base["embed.weight"] = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    paths = [write_checkpoint(tmp_path / "base", base)]
+    for seed, label in enumerate(("bad", "one", "two"), 1):
+        generator = torch.Generator().manual_seed(seed)
+        tuned = {n: t + 0.01 * torch.randn(t.shape, generator=generator) for n, t in base.items()}
+        if label == "bad":
+            spoil(tuned)
+        paths.append(write_checkpoint(tmp_path / label, tuned))
+    base, bad, one, two = paths
+    rest = {"allow_partial": True, "progress": False}
+    return spectra.geometry(bad, one, base, also=[two], **rest), spectra.geometry(one, two, base, **rest)
+
+
+def test_a_nan_in_one_of_three_leaves_the_other_two_compared(tmp_path):
+    def spoil(tuned):
+        tuned[NAMES[1]][3, 4] = math.nan
+
+    three, two = of_three(tmp_path, spoil)
+    record, without = three.record(NAMES[1]), two.record(NAMES[1])
+    assert record["status"] == "ok"
+    assert record["reason"].startswith("bad: ")
+    assert [update.get("status", "") for update in record["updates"]] == ["nonfinite", "", ""]
+    (pair,) = record["pairs"]
+    assert (pair["a"], pair["b"]) == (1, 2)
+    assert pair == without["pairs"][0] | {"a": 1, "b": 2}
+    assert record["updates"][1:] == without["updates"]
+    assert len(three.record(NAMES[0])["pairs"]) == 3
+    assert list(three.pairs.matrices) == [4, 4, 5]
+
+
+@pytest.mark.parametrize(("name", "rows", "status"), [("embed.weight", 36, "failed"), (NAMES[0], 40, "shape_mismatch")])
+def test_one_of_three_that_is_resized_is_left_out_alone(tmp_path, name, rows, status):
+    """An embedding that lost rows is compared in part, but not with whole ones; any other matrix does not match."""
+
+    def spoil(tuned):
+        tuned[name] = tuned[name][:rows].clone()
+
+    three, two = of_three(tmp_path, spoil)
+    record = three.record(name)
+    assert record["status"] == "ok"
+    assert [update.get("status", "") for update in record["updates"]] == [status, "", ""]
+    assert record["updates"][0]["reason"].partition(": ")[2 if status == "failed" else 0].startswith("bad")
+    assert record["pairs"] == [two.record(name)["pairs"][0] | {"a": 1, "b": 2}]
+
+
+def test_a_resized_matrix_is_not_said_to_be_changed_by_one_alone(tmp_path):
+    base = {NAMES[0]: base_tensors()[NAMES[0]], NAMES[1]: base_tensors()[NAMES[1]]}
+    one = {name: tensor * 1.1 for name, tensor in base.items()}
+    two = one | {NAMES[0]: one[NAMES[0]][:40].clone()}
+    paths = [write_checkpoint(tmp_path / name, tensors) for name, tensors in (("a", one), ("b", two), ("base", base))]
+    record = spectra.geometry(*paths, allow_partial=True, progress=False).record(NAMES[0])
+    assert record["status"] == "shape_mismatch"
+    assert record["reason"] == "b: shape (48, 48) in base, (40, 48) in tuned"
+
+
+def test_an_update_that_is_no_float_is_said_to_be_unreadable(tmp_path):
+    base = {name: tensor for name, tensor in base_tensors().items() if name in SHAPES}
+    one = {name: tensor * 1.1 for name, tensor in base.items()}
+    two = one | {NAMES[0]: torch.ones(48, 48, dtype=torch.int8)}
+    paths = [write_checkpoint(tmp_path / name, tensors) for name, tensors in (("a", one), ("b", two), ("base", base))]
+    record = spectra.geometry(*paths, progress=False).record(NAMES[0])
+    assert record["status"] == "unsupported_dtype"
+    assert "b: I8, where the base is F32" in record["reason"]
+
+
+def test_what_is_said_of_bf16_copies_is_true_of_the_models_they_copy(tmp_path):
+    """Two rounded fine-tunes: no leading subspace and no direction of the tuned matrix is turned further than said."""
+    shape = (160, 136)
+    # Half of the ten leading values stand apart, the rest lie as close as those of noise do.
+    weights = update(shape, [2.0, 1.8, 1.6, 1.4, 1.2, *np.linspace(0.8, 0.7, 131)], seed=3)[0]
+    deltas = [update(shape, np.arange(1, 17) ** -0.7 * size, seed=seed)[0] for seed, size in ((7, 0.3), (8, 0.05))]
+    true = {"base": weights, "one": weights + deltas[0], "two": weights + deltas[1]}
+    stored = {label: torch.from_numpy(w).bfloat16() for label, w in true.items()}
+    base, one, two = (write_checkpoint(tmp_path / label, {"q.weight": w}) for label, w in stored.items())
+    record = spectra.geometry(one, two, base, progress=False).record("q.weight")
+    for delta, label, told in zip(deltas, ("one", "two"), record["updates"], strict=True):
+        held = stored[label].double().numpy() - stored["base"].double().numpy()
+        (u, _, v), (x, _, y) = svd(delta, 16), svd(held, 16)
+        for i in range(1, 17):
+            turned = max(np.linalg.norm(b[:, :i] - a[:, :i] @ (a[:, :i].T @ b[:, :i]), 2) for a, b in ((u, x), (v, y)))
+            assert turned <= told["sines"][i - 1] + 1e-9
+        # Rounding within the sixteen directions above the floor, an eighth of all, is not counted: 6 % of the norm.
+        assert told["storage_frobenius"] == pytest.approx(np.linalg.norm(held - delta), rel=0.15)
+        found, kept = svd(stored[label].double().numpy(), TOP)[0], svd(true[label], TOP)[0]
+        sines = np.sqrt(np.maximum(1 - np.sum(found * kept, axis=0) ** 2, 0))
+        clear = np.array(told["intruder_resolved"])
+        assert sines[clear].max() <= 0.5
+        assert 3 <= clear.sum() < TOP
 
 
 def test_an_update_that_is_neither_dense_nor_low_rank_as_stored_is_measured(family, tmp_path):

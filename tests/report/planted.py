@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from spectra.values import Certificate, Spectrum
+
 ROLES = {
     "attention.self.query": (384, 384),
     "attention.self.key": (384, 384),
@@ -52,6 +54,19 @@ class PlantedRun:
 
     frame: pd.DataFrame
     info: dict[str, Any] = field(default_factory=dict)
+
+    def spectrum(self, name: str) -> Spectrum:
+        line = self.frame[self.frame["name"] == name].iloc[0]
+        high = line.singular_values_high
+        certificate = Certificate(
+            line.route,
+            gap=line.gap,
+            tail_norm=line.tail_norm,
+            roundoff=line.roundoff,
+            storage_floor=line.storage_floor,
+            upper=high if len(high) else None,
+        )
+        return Spectrum(line.singular_values, (int(line.rows), int(line.cols)), line.frobenius, certificate)
 
     def save(self, directory: Any) -> Path:
         Path(directory).mkdir(parents=True, exist_ok=True)

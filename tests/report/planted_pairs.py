@@ -127,7 +127,12 @@ def geometry_of(*records: dict[str, Any], labels: tuple[str, ...] = ("full", "lo
 def geometry_info(labels: Sequence[str], tensors: int) -> dict[str, Any]:
     """Inputs, settings and versions of made-up updates of one base."""
     held = planted_info(max(tensors, 1))
-    sides = [held["tuned"] | {"ref": f"runs/{label}", "label": label, "notes": []} for label in labels]
+    sides = [
+        held["tuned"]
+        | {"ref": f"runs/{label}", "label": label, "notes": []}
+        | {"digests": [each | {"sha256": f"{i:064x}"} for each in held["tuned"]["digests"]]}
+        for i, label in enumerate(labels)
+    ]
     return {
         "base": held["base"] | {"notes": []},
         "updates": sides,

@@ -147,6 +147,13 @@ def test_options_reach_the_comparison(pair: tuple[str, str], tmp_path: Path, mon
         (["--max-memory", "-5"], "no amount of memory"),
         (["--include", "("], "no regular expression"),
         (["--rank", "0"], "--rank"),
+        (["--energy", "0.5"], "--energy says how large the adapter of --export-lora DIR is to be"),
+        (["--export-rank", "4"], "--export-rank says how large"),
+        (["--parameters", "400"], "--parameters says how large"),
+        (["--export-lora", "c", "--energy", "0.5", "--export-rank", "4"], "--energy and --export-rank both say"),
+        (["--export-lora", "c", "--export-rank", "0"], "--export-rank"),
+        (["--export-lora", "c", "--base", "d"], "compares two or more"),
+        (["--export-lora", "c", "--also", "d"], "compares two or more"),
         (["--seed", "-1"], "--seed"),
         (["--nonsense"], "No such option"),
     ],
@@ -191,6 +198,138 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(spectra.comparison, "plan", plan)
     assert main(["a", "b"]) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
+
+
+def adapter_of(folder: Path) -> dict[str, Any]:
+    """Its record, where a whole adapter stands there."""
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= {p.name for p in folder.iterdir()}
+    record: dict[str, Any] = json.loads((folder / "extraction.json").read_text())
+    return record
+
+
+def test_an_adapter_beside_the_report(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By default 90 % of the energy of the whole model, with the parameters that the report says it takes."""
+    out, adapter = tmp_path / "out", tmp_path / "adapter"
+    assert main([*pair, "--out", str(out), "--export-lora", str(adapter)]) == 0
+    record, text = adapter_of(adapter), capsys.readouterr().out
+    assert record["totals"]["matrices_energy_kept"] >= 0.9
+    shares = json.loads((out / "summary.json").read_text())["directions"]["shares"]
+    assert record["totals"]["factor_parameters"] == next(s for s in shares if s["share"] == 0.9)["global_parameters"]
+    assert "adapter: the fewest parameters that keep 90% of the energy of the whole model" in text
+    assert str(adapter / "adapter_model.safetensors") in text
+    assert text.index("report.html") < text.index("adapter:")
+
+
+@pytest.mark.parametrize(
+    ("flags", "parameters"),
+    [
+        (["--export-rank", "3"], 3 * 2 * 40),
+        (["--parameters", "200"], 200),
+        (["--energy", "1"], 2 * 16 * 40),
+    ],
+)
+def test_the_size_of_the_adapter(flags: list[str], parameters: int, pair: tuple[str, str], tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    assert main([*pair, "--out", str(tmp_path / "out"), "--quiet", "--export-lora", str(adapter), *flags]) == 0
+    assert adapter_of(adapter)["totals"]["factor_parameters"] == parameters
+
+
+def test_a_factored_update_is_exported_too(pair: tuple[str, str], tmp_path: Path) -> None:
+    first, second = tmp_path / "r4", tmp_path / "r2"
+    assert main([*pair, "--out", str(tmp_path / "a"), "-q", "--export-lora", str(first), "--export-rank", "4"]) == 0
+    again = [pair[0], str(first), "--out", str(tmp_path / "b"), "-q", "--export-lora", str(second)]
+    assert main([*again, "--export-rank", "2"]) == 0
+    assert {t["rank"] for t in adapter_of(second)["tensors"] if t["treatment"] == "factors"} == {2}
+    budgets = json.loads((tmp_path / "b" / "summary.json").read_text())["directions"]["budgets"]
+    assert [b["uniform_rank"] for b in budgets] == [1, 2, 4]
+
+
+def test_json_stays_alone_on_stdout_beside_an_adapter(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--out", str(tmp_path / "out"), "--json", "-", "--export-lora", str(tmp_path / "adapter")]
+    assert main([*pair, *flags]) == 0
+    text, errors = capsys.readouterr()
+    assert json.loads(text)["schema"] == 1
+    assert "adapter: " in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--energy", "1.5"], "at most 1"),
+        (["--parameters", "3"], "one direction of the cheapest matrix"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_refused_before_the_work(
+    flags: list[str], told: str, pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main([*pair, "--out", str(out), "--export-lora", str(tmp_path / "adapter"), *flags]) == 2
+    assert told in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_report_and_adapter_share_no_folder(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out in (tmp_path / "one", tmp_path / "one" / "report"):
+        assert main([*pair, "--out", str(out), "--export-lora", str(tmp_path / "one")]) == 2
+        assert "a folder of its own" in capsys.readouterr().err
+    assert not (tmp_path / "one").exists()
+    assert main([*pair, "--out", str(tmp_path / "r"), "-q", "--export-lora", str(tmp_path / "r" / "adapter")]) == 0
+    adapter_of(tmp_path / "r" / "adapter")
+
+
+def test_two_adapters_are_no_one_update_to_export(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base" / "model.safetensors"  # a folder of its own: an adapter names its base by its folder
+    base.parent.mkdir()
+    base.write_bytes(Path(pair[0]).read_bytes())
+    sides = [str(tmp_path / name) for name in "ab"]
+    for side, rank in zip(sides, "12", strict=True):
+        assert (
+            main([str(base), pair[1], "--out", str(tmp_path / "r"), "-q", "--export-lora", side, "--export-rank", rank])
+            == 0
+        )
+    assert main([*sides, "--out", str(tmp_path / "two"), "--export-lora", str(tmp_path / "c")]) == 2
+    assert "compares two or more" in capsys.readouterr().err
+    assert not (tmp_path / "two").exists()
+
+
+def test_a_dry_run_tells_of_the_adapter(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter"
+    assert main([*pair, "--out", str(tmp_path / "out"), "--export-lora", str(adapter), "--dry-run"]) == 0
+    assert f"the adapter would go to {adapter}: the fewest parameters" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_nan_is_told_of_by_report_and_adapter(
+    pair: tuple[str, str], broken: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([pair[0], broken, "--out", str(tmp_path / "out"), "--export-lora", str(tmp_path / "adapter")]) == 1
+    errors = capsys.readouterr().err
+    assert "some tensors could not be analysed" in errors
+    assert "error: layer.1.query.weight" in errors
+    adapter_of(tmp_path / "adapter")
+
+
+def test_an_interrupted_export_leaves_the_report_and_says_so(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spectra.extract.extraction.measure_model", interrupted)
+    assert main([*pair, "--out", str(tmp_path / "out"), "--export-lora", str(tmp_path / "adapter")]) == 130
+    assert "the report is whole; the adapter was not written" in capsys.readouterr().err
+    assert (tmp_path / "out" / "report.html").exists()
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_full_disk_is_no_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,7 +388,7 @@ def test_help_teaches_and_is_quick() -> None:
 
 def test_help_says_what_each_option_is_for() -> None:
     options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
-    assert len(options) == 19
+    assert len(options) == 23
     for option in options:
         assert option.help, option.name
         said = option.help.split("  [")[0]

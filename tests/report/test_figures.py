@@ -14,9 +14,9 @@ from tests.report.planted import adapter_run, row, run_of
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def test_four_figures_with_titles_and_axes(data: ReportData) -> None:
+def test_five_figures_with_titles_and_axes(data: ReportData) -> None:
     drawings = {d.key: ElementTree.fromstring(d.svg) for d in draw_figures(data)}
-    assert list(drawings) == ["spectra", "truncation", "relative_change", "effective_rank"]
+    assert list(drawings) == ["spectra", "truncation", "budgets", "relative_change", "effective_rank"]
     for key, root in drawings.items():
         title, description = root.find(f"{SVG}title"), root.find(f"{SVG}desc")
         assert title is not None
@@ -27,6 +27,7 @@ def test_four_figures_with_titles_and_axes(data: ReportData) -> None:
     words = {key: {t.text for t in root.iter(f"{SVG}text")} for key, root in drawings.items()}
     assert {"index i", "singular value σᵢ", "attention.self.query", "storage floor"} <= words["spectra"]
     assert {"rank r kept", "8", "64"} <= words["truncation"]
+    assert {"parameters of the factors", "equal ranks", "best ranks", "r = 1", "64"} <= words["budgets"]
     assert {"layer", "0", "5", "none"} <= words["relative_change"]
 
 
@@ -41,7 +42,7 @@ def test_no_date_in_a_figure(data: ReportData) -> None:
 
 def test_hostile_roles_are_text(hostile: ReportData) -> None:
     """A role with dollars is not mathematics, and one with tags is not markup."""
-    root = ElementTree.fromstring(draw_figures(hostile)[2].svg)
+    root = ElementTree.fromstring(draw_figures(hostile)[3].svg)
     words = {t.text for t in root.iter(f"{SVG}text")}
     assert "<script>window.pwned=1</script>" in words
     assert any("frac" in (w or "") for w in words)
@@ -69,7 +70,7 @@ def test_inline_figures_follow_the_theme(data: ReportData) -> None:
 def test_few_matrices_draw(count: int) -> None:
     held = adapter_run(layers=1)
     held.frame = held.frame.head(count)
-    assert len(draw_figures(build_report(held))) == 4
+    assert len(draw_figures(build_report(held))) == 5
 
 
 def test_nothing_to_draw() -> None:

@@ -17,7 +17,7 @@ from tests.report.planted import PlantedRun, row, run_of
 
 EXPECTED = {
     "report.html", "spectra.parquet", "summary.json", "manifest.json", "figures/spectra.svg", "figures/truncation.svg",
-    "figures/relative_change.svg", "figures/effective_rank.svg",
+    "figures/budgets.svg", "figures/relative_change.svg", "figures/effective_rank.svg",
 }  # fmt: skip
 
 

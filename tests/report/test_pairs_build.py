@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from spectra.pairwise.pooled import rank_within
 from spectra.pairwise.ranks import RANKS
+from spectra.pairwise.rows import read_records
 from spectra.report.pairs.build import PairsData, build_report, manifest, pair_numbers, summary
-from spectra.report.pairs.pooled import rank_within
-from spectra.report.pairs.rows import read_records
 from spectra.report.text import dump
 from tests.report.planted_pairs import (
     Update,
@@ -212,6 +212,53 @@ def test_flags_for_what_can_go_wrong() -> None:
     assert "Lora names other/base as its base." in [f.text for f in data.flags]
 
 
+def test_one_update_that_failed_is_told_by_name_and_fails_the_report() -> None:
+    """Its matrix is compared for the others, and it is not said to leave that matrix as it is."""
+    geometry = planted_geometry(updates=3)
+    first, *others = [r for r in geometry.records if r["status"] == "ok"]
+    for status, said in (("nonfinite", "NaN or infinite"), ("shape_mismatch", "not in shape")):
+        lost = {"kind": "none", "status": status, "reason": "full: 1 NaN"}
+        rows = ({**first, "updates": [lost, *first["updates"][1:]], "pairs": first["pairs"][2:]},)
+        data = build_report(geometry_of(*rows, *others[:3], labels=geometry.labels))
+        assert [p.matrices for p in data.pairs] == [3, 3, 4]
+        flag = next(flag for flag in data.flags if flag.kind == status)
+        assert flag.level == "alarm"
+        assert flag.text.startswith("full has 1 tensor")
+        assert said in flag.text
+        assert flag.positions == (0,)
+        assert "in_part" not in kinds(data)
+        assert data.failed == (status == "nonfinite")
+
+
+def test_updates_of_the_same_files_or_of_no_change_are_named() -> None:
+    geometry = planted_geometry(updates=3)
+    geometry.info["updates"][2]["digests"] = geometry.info["updates"][0]["digests"]
+    rows = [r for r in geometry.records if r["status"] == "ok"]
+    still = [
+        r | {"updates": [r["updates"][0], {"kind": "none"}, r["updates"][2]], "pairs": r["pairs"][1:2]} for r in rows
+    ]
+    told = {
+        flag.kind: flag.text
+        for flag in build_report(geometry_of(*still, labels=geometry.labels, updates=geometry.info["updates"])).flags
+    }
+    assert told["same_files"] == "full and lora-seed-1 are the same files, by their digests."
+    assert told["nothing_moved"] == "lora leaves every matrix as it is: was it trained?"
+
+
+def test_a_matrix_of_two_rows_has_two_directions_to_match() -> None:
+    rng = np.random.default_rng(0)
+    small, large = (
+        record(name, None, "q", rng.standard_normal(shape), [Update(rng.standard_normal(shape)) for _ in range(2)])
+        for name, shape in (("types", (2, 96)), ("w", (96, 96)))
+    )
+    data = build_report(geometry_of(small, large))
+    assert [u.directions for u in data.updates] == [12, 12]
+    assert data.rows[0].leading == 2
+    assert data.rows[0].chance_intruders(1.0) == 2.0
+    assert all(u.intruders[-1] <= 6.0 for u in data.updates), "a mean of two matrices, of two and of ten"
+    assert "of 12 in" in data.verdict[3]
+
+
 def test_an_update_of_another_base_is_suspected() -> None:
     geometry, _ = two(size=60.0)
     flag = next(f for f in build_report(geometry).flags if f.kind == "large")
@@ -250,7 +297,7 @@ def test_summary_and_manifest_are_strict_json() -> None:
     assert told["ranks"] == list(RANKS)
     assert len(told["tensors"]) == len(data.rows)
     kept = json.loads(dump(manifest(data)))
-    assert kept["updates"][1]["digests"][0]["sha256"] == "53aa51172d142c89" * 4
+    assert kept["updates"][1]["digests"][0]["sha256"] == f"{1:064x}"
     more = "--base models/minilm-base --also runs/lora-seed-1 --rank 64 --seed 0"
     assert kept["command"] == f"python -m spectra.report runs/full runs/lora {more}"
 

@@ -133,6 +133,48 @@ def test_a_nan_ends_with_one_and_a_report(
     assert "nonfinite" in (tmp_path / "report.html").read_text()
 
 
+def test_a_nan_in_one_of_three_ends_with_one_and_compares_the_others(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = [models["tuned"], models["broken"], "--also", models["lora"], "--base", models["base"]]
+    assert main([*sides, "--out", str(tmp_path)]) == 1
+    text, errors = capsys.readouterr()
+    assert "could not be analysed" in errors
+    assert "broken.safetensors has 1 tensor with NaN or infinite entries" in " ".join(text.split())
+    told = json.loads((tmp_path / "summary.json").read_text())
+    assert told["statuses"] == {"ok": 3, "vector": 1}
+    assert [pair["matrices"] for pair in told["pairs"]] == [2, 3, 2]
+    reason = next(t["reason"] for t in told["tensors"] if t["name"] == "layer.1.query.weight")
+    assert reason.startswith("broken.safetensors: ")
+    assert "broken.safetensors: " in (tmp_path / "report.html").read_text()
+
+
+def test_one_path_given_twice_is_said(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = [models["tuned"], models["lora"], "--also", models["lora"], "--base", models["base"]]
+    assert main([*sides, "--out", str(tmp_path)]) == 0
+    assert "lora and lora (2) are the same files" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_update_that_changes_nothing_is_named(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = [models["tuned"], models["base"], "--also", models["lora"], "--base", models["base"]]
+    assert main([*sides, "--out", str(tmp_path)]) == 0
+    assert "base.safetensors leaves every matrix as it is" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_folder_of_another_report_is_kept(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([models["base"], models["tuned"], "--out", str(tmp_path), "-q"]) == 0
+    before = contents(tmp_path)
+    assert main([models["tuned"], models["lora"], "--base", models["base"], "--out", str(tmp_path), "-q"]) == 2
+    assert "Give another --out, or --no-resume" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
 def test_a_dry_run_writes_nothing(
     models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,6 +83,8 @@ def test_intruders_are_counted_or_said_not_to_be_known() -> None:
     for update in row["updates"]:
         del update["intruder_cosines"], update["intruder_resolved"]
     del row["basis"]
+    determined = build_report(planted_geometry()).verdict[3]
+    assert "of those directions 72 of 90 in full and 72 of 90 in lora are resolved" in determined
     assert "were not looked for" in build_report(geometry_of(row)).verdict[3]
 
 
@@ -95,6 +97,12 @@ def test_several_updates_are_told_by_their_extremes() -> None:
     assert "Of the leading 8 directions of full and lora" in third
     assert "in all 54 comparisons" in third
     assert "43 directions of 90 in elsewhere and none in full, lora and lora-seed-1" in fourth
+
+
+def test_sizes_that_are_alike_make_no_most_and_least() -> None:
+    rng = np.random.default_rng(0)
+    same = [Update(0.1 * rng.standard_normal((96, 128))) for _ in range(3)]
+    assert "all moved the weights about as far" in said(*same)[1]
 
 
 def every_kind() -> dict[str, Any]:

@@ -42,6 +42,9 @@ def test_everything_is_there(texts: dict[str, str], data: ReportData) -> None:
     text = texts["planted"]
     assert text.index("matched") < text.index("by role") < text.index("by layer") < text.index("verdict")
     flat = " ".join(text.split())
+    assert data.directions is not None
+    for sentence in data.directions.said:
+        assert " ".join(sentence.split()) in flat
     for sentence in data.verdict:
         assert " ".join(sentence.split()) in flat
     for flag in data.flags:

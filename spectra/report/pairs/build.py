@@ -5,21 +5,40 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from spectra.pairwise.pooled import PooledPair, PooledUpdate, capture_told, pool_groups, pool_pairs, pool_updates
 from spectra.pairwise.ranks import EPSILON, RANKS
+from spectra.pairwise.rows import EPSILONS, SIDES, MatrixRow, PairRow, read_records
 from spectra.report.build import command_line, json_ready
 from spectra.report.flags import Flag
-from spectra.report.pairs.flags import FAILURES, find_flags
+from spectra.report.pairs.flags import find_flags
 from spectra.report.pairs.maps import heat_maps
-from spectra.report.pairs.pooled import PooledPair, PooledUpdate, capture_told, pool_groups, pool_pairs, pool_updates
-from spectra.report.pairs.rows import EPSILONS, SIDES, GeometryLike, MatrixRow, PairRow, read_records
 from spectra.report.pairs.verdict import verdict
 from spectra.report.tables import HeatMap
 from spectra.report.text import finite
 
 SCHEMA = 1
 DIGITS = 12
+
+
+class GeometryLike(Protocol):
+    """What the report needs of a `spectra.Geometry`."""
+
+    @property
+    def records(self) -> Sequence[Mapping[str, Any]]:
+        """One row a tensor."""
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """Inputs, settings, versions."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Short names of the updates."""
+
+    def save(self, directory: Any) -> Any:
+        """Write ``geometry.parquet``."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +64,7 @@ class PairsData:
     @property
     def failed(self) -> bool:
         """Whether a comparison was due that could not be given: the command then ends with 1."""
-        return any(self.statuses.get(status) for status, _ in FAILURES)
+        return any(row.failed for row in self.rows)
 
 
 def build_report(geometry: GeometryLike) -> PairsData:

@@ -10,13 +10,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from spectra.pairwise.pooled import Captured, PooledPair
 from spectra.pairwise.ranks import RANKS, TOP
+from spectra.pairwise.rows import EPSILONS, SIDES, MatrixRow
 from spectra.plot import DASHES, SERIES, plot_capture, plot_intruders, plot_overlap, tidy
 from spectra.report.drawing import FAINT, Drawing, drawing_style, evenly_at, finished, heat_map_drawing
 from spectra.report.pairs.build import PairsData
-from spectra.report.pairs.pooled import Captured, PooledPair
-from spectra.report.pairs.rows import EPSILONS, SIDES, MatrixRow
-from spectra.report.pairs.verdict import name
+from spectra.report.pairs.verdict import determined, name
 from spectra.report.text import counted, elide, visible
 
 PANELS = 6  # roles drawn; the caption counts them
@@ -140,7 +140,8 @@ def _intruders(data: PairsData, names: Sequence[str]) -> Drawing:
     ax.legend(frameon=False, loc="center", handlelength=3)
     caption = (
         f"Of the {TOP} leading directions of a tuned matrix, how many stand below the threshold in |cos| to every "
-        "direction of the base: the mean over matrices. Dotted: how many random directions would."
+        "direction of the base: the mean over matrices. Dotted: how many random directions would. In all matrices, "
+        f"{determined(known, names)}."
     )
     return finished("intruders", "New directions", caption, figure)
 

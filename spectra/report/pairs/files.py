@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 
 from spectra.report.files import write_folder
-from spectra.report.pairs.build import PairsData, build_report, manifest, summary
+from spectra.report.pairs.build import GeometryLike, PairsData, build_report, manifest, summary
 from spectra.report.pairs.figures import draw_figures
 from spectra.report.pairs.page import render_page
-from spectra.report.pairs.rows import GeometryLike
 from spectra.report.text import dump
 
 

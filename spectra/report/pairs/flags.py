@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from spectra.pairwise.pooled import PooledPair, PooledUpdate
+from spectra.pairwise.rows import FAILED, MatrixRow
 from spectra.report.flags import Flag, flag_on, input_flags
-from spectra.report.pairs.pooled import PooledPair, PooledUpdate
-from spectra.report.pairs.rows import MatrixRow
 from spectra.report.pairs.verdict import name
 from spectra.report.text import counted, listed, percent, visible, whole_percent
 
@@ -18,11 +18,18 @@ LARGE = 0.5
 INPUT_SHARED, SIDES_APART = 0.5, 0.2
 # More than half of the squared norm.
 MOSTLY = 0.5
-FAILURES = (
-    ("nonfinite", "with NaN or infinite entries, left out of every number"),
-    ("unsupported_dtype", "of a dtype that cannot be read here"),
-    ("failed", "that could not be analysed; the reason stands in the row"),
+FAILURES = dict(
+    zip(
+        FAILED,
+        (
+            "with NaN or infinite entries, left out of every number",
+            "of a dtype that cannot be read here",
+            "that could not be analysed; the reason stands in the row",
+        ),
+        strict=True,
+    )
 )
+MISSHAPEN = "shape_mismatch", "matched by name but not in shape"
 
 
 def find_flags(
@@ -44,10 +51,13 @@ def find_flags(
     info : mapping
         `spectra.Geometry.info`.
     """
-    found = [flag for status, said in FAILURES for flag in _failure(rows, status, said)]
+    found = [flag for status, said in FAILURES.items() for flag in _failure(rows, status, said)]
+    found += [flag for update in updates for flag in _failed_alone(rows, update)]
     found += [flag for update in updates for flag in _of_update(rows, update)]
     found += _unresolved(rows, pairs, updates)
     found += [Flag("alarm", "inputs", _sentence(note)) for note in info.get("notes", ())]
+    found += _same_files(updates, info)
+    found += _nothing_moved(rows, updates)
     found += _same_start(pairs, updates)
     found += _left_out(rows, updates)
     sides = [("the base", info.get("base", {}))]
@@ -66,6 +76,20 @@ def _failure(rows: Sequence[MatrixRow], status: str, said: str) -> list[Flag]:
         (r for r in rows if r.status == status),
         lambda n, names: f"{counted(n, 'tensor')} {said}: {names}.",
     )
+
+
+def _failed_alone(rows: Sequence[MatrixRow], update: PooledUpdate) -> list[Flag]:
+    """Matrices that one update is left out of, while others are compared."""
+    return [
+        flag
+        for status, said in (*FAILURES.items(), MISSHAPEN)
+        for flag in flag_on(
+            "alarm",
+            status,
+            (r for r in rows if r.analysed and r.updates[update.position].status == status),
+            lambda n, names, said=said: f"{name(update.label)} has {counted(n, 'tensor')} {said}: {names}.",  # type: ignore[misc]
+        )
+    ]
 
 
 def _of_update(rows: Sequence[MatrixRow], update: PooledUpdate) -> list[Flag]:
@@ -113,6 +137,29 @@ def _unresolved(rows: Sequence[MatrixRow], pairs: Sequence[PooledPair], updates:
     return found
 
 
+def _same_files(updates: Sequence[PooledUpdate], info: Mapping[str, Any]) -> list[Flag]:
+    """Updates that are one file under two names: they agree, and say nothing by it."""
+    groups: dict[str, list[str]] = {}
+    for update, side in zip(updates, info.get("updates", ()), strict=True):
+        held = [[each.get("sha256"), each.get("bytes")] for each in side.get("digests", ())]
+        if held:
+            groups.setdefault(repr(held), []).append(update.label)
+    return [
+        Flag("alarm", "same_files", f"{listed(labels, most=len(labels))} are the same files, by their digests.")
+        for labels in groups.values()
+        if len(labels) > 1
+    ]
+
+
+def _nothing_moved(rows: Sequence[MatrixRow], updates: Sequence[PooledUpdate]) -> list[Flag]:
+    moved = {i for row in rows for i, update in enumerate(row.updates) if update.changes or update.status}
+    return [
+        Flag("alarm", "nothing_moved", f"{name(u.label)} leaves every matrix as it is: was it trained?")
+        for u in updates
+        if rows and u.position not in moved
+    ]
+
+
 def _same_start(pairs: Sequence[PooledPair], updates: Sequence[PooledUpdate]) -> list[Flag]:
     """Adapters that share their input side and not their output side: LoRA's A is drawn at random, and hardly moves."""
     found = []
@@ -142,11 +189,11 @@ def _left_out(rows: Sequence[MatrixRow], updates: Sequence[PooledUpdate]) -> lis
         found += flag_on(
             "note",
             "in_part",
-            (r for r in rows if r.analysed and not all(u.changes for u in r.updates)),
+            (r for r in rows if r.analysed and not all(u.changes or u.status for u in r.updates)),
             lambda n, names: f"{counted(n, 'matrix', 'matrices')} that some of the updates leave as they are: {names}.",
         )
     for level, status, said in (
-        ("alarm", "shape_mismatch", "matched by name but not in shape"),
+        ("alarm", *MISSHAPEN),
         ("note", "base_only", "only in the base"),
         ("note", "tuned_only", "only in an update"),
     ):

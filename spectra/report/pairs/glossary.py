@@ -165,6 +165,14 @@ UPDATE_TERMS = (
         "Shuttleworth et al. (2024), algorithm 1",
     ),
     Term(
+        "intruder_resolved",
+        "of those leading directions, resolved",
+        "√2 E₂ / (gap to either neighbour − E₂) ≤ ½",
+        "How many of the same ten are directions at all: turned by less than 30° by rounding and by what an iteration "
+        "left. One that is not may stand for any mixture with its neighbours.",
+        "Wedin (1972)",
+    ),
+    Term(
         "amplification",
         "amplification at its rank",
         "‖Δ‖ / ‖UᵀWV‖",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from spectra.pairwise.pooled import PooledPair, capture_told
 from spectra.pairwise.ranks import RANKS
-from spectra.report.pairs.pooled import PooledPair, capture_told
-from spectra.report.pairs.rows import MatrixRow
+from spectra.pairwise.rows import MatrixRow
 from spectra.report.pairs.verdict import cosine_text, name
 from spectra.report.tables import Cell, HeatMap, layer_role_map, together
 from spectra.report.text import percent

@@ -84,7 +84,7 @@ function eachNumber(update, term) {
   const x = update.numbers[term.key];
   if (x === undefined) return "–";
   const text = value(x, term.kind);
-  if (term.key === "intruder_count") return `${text} of ${update.cosines.length}`;
+  if (term.key.startsWith("intruder")) return `${text} of ${update.cosines.length}`;
   if (term.key.startsWith("resolved")) return `${text} of ${update.held}`;
   return term.key === "amplification" && update.random.length ? `${text} (${value(update.random.at(-1), term.kind)})` : text;
 }
@@ -263,8 +263,7 @@ function intruderPlot(row, present) {
     let drawn = `M${x(0).toFixed(1)} ${y(0).toFixed(1)}`;
     sorted.forEach((cosine, n) => { drawn += `H${x(cosine).toFixed(1)}V${y(n + 1).toFixed(1)}`; });
     shape(svg, "path", { d: `${drawn}H${x(1).toFixed(1)}`, class: series(i) });
-    const unsure = update.clear.filter((clear) => !clear).length;
-    entries.push([series(i), DATA.labels[i] + (unsure ? `, ${unsure} of them not resolved` : "")]);
+    entries.push([series(i), `${DATA.labels[i]}, ${update.clear.filter(Boolean).length} of ${update.clear.length} directions resolved`]);
   }
   if (chance) entries.push(["series thin grey dotted", "random directions"]);
   follow(svg, DATA.epsilons, x, (i) => `ε = ${DATA.epsilons[i]}: ` + shown.map(([update, k]) =>

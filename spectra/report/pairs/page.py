@@ -8,14 +8,14 @@ from typing import Any
 
 from markupsafe import Markup
 
+from spectra.pairwise.pooled import KINDS, PooledPair
 from spectra.pairwise.ranks import EPSILON, RANKS, TOP
+from spectra.pairwise.rows import EPSILONS, SIDES, MatrixRow, PairRow, UpdateRow
 from spectra.report.drawing import Drawing, inline
 from spectra.report.html import Line, line, render, script_of, short, style_of
 from spectra.report.pairs.build import PairsData, pair_numbers
 from spectra.report.pairs.figures import PAIRS
 from spectra.report.pairs.glossary import GENERAL, TERMS, UPDATE_TERMS
-from spectra.report.pairs.pooled import KINDS, PooledPair
-from spectra.report.pairs.rows import EPSILONS, SIDES, MatrixRow, PairRow, UpdateRow
 from spectra.report.pairs.verdict import deviations, name
 from spectra.report.text import dump, elide, finite, number, percent, visible
 
@@ -79,7 +79,7 @@ def payload(data: PairsData) -> dict[str, Any]:
     data : PairsData
         Content of the report.
     """
-    chances: dict[tuple[int, int], int] = {}
+    chances: dict[tuple[int, int, int], int] = {}  # by base vectors, their length, and how many were matched
     rows = [_row(row, data.pairs, chances) for row in data.rows]
     return {
         "labels": [name(label) for label in data.labels],
@@ -95,7 +95,7 @@ def payload(data: PairsData) -> dict[str, Any]:
         "terms": [{"key": t.key, "label": t.label, "kind": t.kind, "reading": t.reading} for t in TERMS],
         "updateTerms": [{"key": t.key, "label": t.label, "kind": t.kind} for t in UPDATE_TERMS],
         "rows": rows,
-        "chances": [_chance(basis, dimension, data.rows) for basis, dimension in chances],
+        "chances": [_chance(key, data.rows) for key in chances],
     }
 
 
@@ -110,7 +110,7 @@ def key_of(pair: PooledPair) -> str:
     return f"{pair.a}-{pair.b}"
 
 
-def _row(row: MatrixRow, pairs: Sequence[PooledPair], chances: dict[tuple[int, int], int]) -> dict[str, Any]:
+def _row(row: MatrixRow, pairs: Sequence[PooledPair], chances: dict[tuple[int, int, int], int]) -> dict[str, Any]:
     plain: dict[str, Any] = {
         "name": visible(row.name),
         "layer": row.layer,
@@ -123,7 +123,7 @@ def _row(row: MatrixRow, pairs: Sequence[PooledPair], chances: dict[tuple[int, i
     if any(update.changes for update in row.updates):
         plain["updates"] = [_update(update) if update.changes else None for update in row.updates]
         if row.basis and len(row.shape) == 2:
-            plain["chance"] = chances.setdefault((row.basis, row.shape[0]), len(chances))
+            plain["chance"] = chances.setdefault((row.basis, row.shape[0], row.leading), len(chances))
     if row.analysed:
         held = [pair for pair in pairs if (pair.a, pair.b) in row.pairs]
         plain["pairs"] = {key_of(pair): _pair(row, pair) for pair in held}
@@ -141,6 +141,7 @@ def _update(update: UpdateRow) -> dict[str, Any]:
         "resolved_count": float(update.resolved),
         "resolved_nf4": float(update.resolved_nf4),
         "intruder_count": update.intruders(EPSILON),
+        "intruder_resolved": float(sum(update.clear)) if update.cosines else math.nan,
         "amplification": update.amplification[last] if update.amplification else math.nan,
     }
     return {
@@ -196,8 +197,8 @@ def _trimmed(table: Any) -> list[list[float | None]]:
     return [[round(1000 * v) for v in line if math.isfinite(v)] for line in kept]
 
 
-def _chance(basis: int, dimension: int, rows: Sequence[MatrixRow]) -> list[float | int | None]:
-    row = next(r for r in rows if r.basis == basis and len(r.shape) == 2 and r.shape[0] == dimension)
+def _chance(key: tuple[int, int, int], rows: Sequence[MatrixRow]) -> list[float | int | None]:
+    row = next(r for r in rows if len(r.shape) == 2 and (r.basis, r.shape[0], r.leading) == key)
     return _rounded([row.chance_intruders(epsilon) for epsilon in EPSILONS], SHARES)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from spectra.pairwise.pooled import PooledPair, PooledUpdate
 from spectra.pairwise.ranks import EPSILON, TOP
+from spectra.pairwise.rows import EPSILONS
 from spectra.report.pairs.build import PairsData
-from spectra.report.pairs.pooled import PooledPair, PooledUpdate
-from spectra.report.pairs.rows import EPSILONS
 from spectra.report.pairs.verdict import cosine_text, name
 from spectra.report.terminal import Paint, aligned, flag_lines, plain, side_line, verdict_lines, wrapped
 from spectra.report.text import counted, elide, number, percent, significant, visible, whole_percent
@@ -57,8 +57,8 @@ def _inputs(data: PairsData) -> list[str]:
 
 def _updates(updates: Sequence[PooledUpdate], paint: Paint) -> list[str]:
     heads = [
-        ("", "", "‖Δ‖", "", "resolved", "in 4", "intruders"),
-        ("update", "n", "/ ‖W‖", "rank", "(median)", "bits", f"of {TOP}"),
+        ("", "", "‖Δ‖", "", "resolved", "in 4", "intruders", "resolved"),
+        ("update", "n", "/ ‖W‖", "rank", "(median)", "bits", f"of {TOP}", f"of the {TOP}"),
     ]
     place = EPSILONS.index(EPSILON)
     rows = [
@@ -70,6 +70,7 @@ def _updates(updates: Sequence[PooledUpdate], paint: Paint) -> list[str]:
             number(u.resolved),
             number(u.resolved_nf4),
             significant(u.intruders[place], 2) if u.intruders else "–",
+            significant(u.clear / u.matched, 2) if u.matched else "–",
         )
         for u in updates
     ]

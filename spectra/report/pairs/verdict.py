@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from spectra.pairwise.pooled import PooledPair, PooledUpdate
 from spectra.pairwise.ranks import EPSILON, TOP
-from spectra.report.pairs.pooled import PooledPair, PooledUpdate
-from spectra.report.pairs.rows import EPSILONS, MatrixRow
+from spectra.pairwise.rows import EPSILONS, MatrixRow
 from spectra.report.text import counted, elide, listed, number, percent, significant, visible, whole_percent
 
 # A cosine within three standard deviations of zero is what two random updates give once in 370 times or more.
 CHANCE = 3.0
+ALIKE = 1.05  # two sizes with a lesser ratio are called about the same
 NAME = 32  # columns of an update's name in a sentence
 
 
@@ -39,7 +40,7 @@ def verdict(
     names = [name(u.label) for u in updates]
     found = [
         ("What one found of the other", _captured(pairs, names)),
-        ("The same way?", _direction(pairs, names)),
+        ("The same way?", _direction(pairs, updates, names)),
         ("Shared directions", _shared(pairs, names)),
         ("New directions", _intruders(updates, names)),
     ]
@@ -91,7 +92,7 @@ def cosine_text(cosine: float) -> str:
     """
     if math.isnan(cosine):
         return "–"
-    return significant(cosine, 2) if abs(cosine) >= 1e-3 else f"{round(cosine, 4) + 0.0:g}"
+    return significant(float(f"{cosine:.2g}"), 2) if abs(cosine) >= 1e-3 else f"{round(cosine, 4) + 0.0:g}"
 
 
 def _captured(pairs: Sequence[PooledPair], names: Sequence[str]) -> str:
@@ -124,7 +125,7 @@ def _of_best(pair: PooledPair, way: str) -> float:
     return held.share / held.best if held.best > 0 else 0.0
 
 
-def _direction(pairs: Sequence[PooledPair], names: Sequence[str]) -> str:
+def _direction(pairs: Sequence[PooledPair], updates: Sequence[PooledUpdate], names: Sequence[str]) -> str:
     if len(pairs) == 1:
         pair = pairs[0]
         return f"{_pointing(pair)}: {_cosine(pair)}, and {_sizes(pair, names)}."
@@ -132,7 +133,7 @@ def _direction(pairs: Sequence[PooledPair], names: Sequence[str]) -> str:
     first, last = order[0], order[-1]
     return (
         f"Closest in direction are {_two(first, names)} ({_cosine(first)}), farthest apart {_two(last, names)} "
-        f"({_cosine(last)}); {_widest(pairs, names)}."
+        f"({_cosine(last)}); {_widest([u for u in updates if u.matrices], names)}."
     )
 
 
@@ -156,7 +157,7 @@ def _sizes(pair: PooledPair, names: Sequence[str]) -> str:
     far, near = sorted((0, 1), key=lambda i: -pair.relative[i])
     places = (pair.a, pair.b)
     times = pair.relative[far] / pair.relative[near]
-    if times < 1.05:
+    if times < ALIKE:
         return f"both moved the weights about as far ({sizes[0]} and {sizes[1]} of their norm)"
     return (
         f"{names[places[far]]} moved the weights {number(times, 2)} times as far as {names[places[near]]} "
@@ -164,12 +165,13 @@ def _sizes(pair: PooledPair, names: Sequence[str]) -> str:
     )
 
 
-def _widest(pairs: Sequence[PooledPair], names: Sequence[str]) -> str:
-    moved = {place: share for pair in pairs for place, share in zip((pair.a, pair.b), pair.relative, strict=True)}
-    far, near = max(moved, key=lambda i: moved[i]), min(moved, key=lambda i: moved[i])
+def _widest(updates: Sequence[PooledUpdate], names: Sequence[str]) -> str:
+    far, near = max(updates, key=lambda u: u.relative), min(updates, key=lambda u: u.relative)
+    if not far.relative >= ALIKE * near.relative:
+        return f"all moved the weights about as far ({percent(near.relative)} to {percent(far.relative)} of their norm)"
     return (
-        f"{names[far]} moved the weights most, by {percent(moved[far])} of their norm, and {names[near]} least, by "
-        f"{percent(moved[near])}"
+        f"{names[far.position]} moved the weights most, by {percent(far.relative)} of their norm, and "
+        f"{names[near.position]} least, by {percent(near.relative)}"
     )
 
 
@@ -241,27 +243,45 @@ def _intruders(updates: Sequence[PooledUpdate], names: Sequence[str]) -> str:
             "New directions were not looked for: the base is decomposed for that where its smaller side is at most "
             "2048, or with --exact."
         )
-    said = [_new(u, u.intruders[place], names) for u in known if u.intruders[place] > 0]
-    clean = [names[u.position] for u in known if u.intruders[place] == 0]
-    said += [f"none in {listed(clean, most=len(clean))}"] if clean else []
-    listing = said[0] if len(said) == 1 else ", ".join(said[:-1]) + " and " + said[-1]
-    chance = min(u.chance[place] for u in known)
+    said = [
+        f"{counted(u.count(EPSILON), 'direction')} of {u.directions} in {names[u.position]}"
+        for u in known
+        if u.count(EPSILON)
+    ]
+    clean = [names[u.position] for u in known if not u.count(EPSILON)]
+    said += [f"none in {_listing(clean)}"] if clean else []
+    chance = min(u.chance[place] * u.matched / u.directions for u in known)
     random = (
-        "nearly every random direction would" if chance > 0.99 * TOP else f"of random ones {_directions(chance)} would"
-    )
+        "nearly every random direction would" if chance > 0.99 else f"of random ones {whole_percent(chance)} would"
+    )  # fmt: skip
     return (
-        f"Of the {TOP} leading directions of each tuned matrix, {listing} resemble no direction of the base "
-        f"(intruders, |cos| below {EPSILON:g}), where {random}."
+        f"Of the {TOP} leading directions of each tuned matrix, {_listing(said)} resemble no direction of the base "
+        f"(intruders, |cos| below {EPSILON:g}), where {random}; {determined(known, names)}."
     )
 
 
-def _new(update: PooledUpdate, mean: float, names: Sequence[str]) -> str:
-    count, whole = round(mean * update.matched), TOP * update.matched
-    return f"{counted(count, 'direction')} of {whole} in {names[update.position]}"
+def determined(updates: Sequence[PooledUpdate], names: Sequence[str]) -> str:
+    """Say how many of the leading directions of the tuned matrices are directions at all.
+
+    Parameters
+    ----------
+    updates : sequence of PooledUpdate
+        Those whose directions were looked for in the base.
+    names : sequence of str
+        Of all updates, as they stand in a sentence.
+    """
+    if all(u.clear == u.directions for u in updates):
+        return "all those directions are resolved"
+    told = [f"{u.clear} of {u.directions} in {names[u.position]}" for u in updates]
+    return f"of those directions {_listing(told)} are resolved, and the rest may stand for others beside them"
+
+
+def _listing(said: Sequence[str]) -> str:
+    return said[0] if len(said) == 1 else ", ".join(said[:-1]) + " and " + said[-1]
 
 
 def _nothing(rows: Sequence[MatrixRow]) -> str:
-    broken = [r.name for r in rows if r.status in ("nonfinite", "unsupported_dtype", "failed")]
+    broken = [r.name for r in rows if r.failed]
     if broken:
         return (
             f"No matrix could be compared: {counted(len(broken), 'tensor')} could not be analysed ({listed(broken)})."

@@ -6,45 +6,28 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from spectra.pairwise.ranks import RANKS, TOP
 from spectra.theory import chance
-
-Vector = NDArray[np.float64]
+from spectra.values import Vector
 
 SHARED = 8  # the rank at which shared directions are counted, where both updates have as many
 EPSILONS = tuple(round(0.05 * i, 2) for i in range(21))
 SIDES = ("left", "right")
-
-
-class GeometryLike(Protocol):
-    """What the report needs of a `spectra.Geometry`."""
-
-    @property
-    def records(self) -> Sequence[Mapping[str, Any]]:
-        """One row a tensor."""
-
-    @property
-    def info(self) -> Mapping[str, Any]:
-        """Inputs, settings, versions."""
-
-    @property
-    def labels(self) -> Sequence[str]:
-        """Short names of the updates."""
-
-    def save(self, directory: Any) -> Any:
-        """Write ``geometry.parquet``."""
+# Statuses of a tensor, or of one update of it, that could not be analysed.
+FAILED = ("nonfinite", "unsupported_dtype", "failed")
 
 
 @dataclass(frozen=True)
 class UpdateRow:
-    """One update of one matrix. `kind` is ``"none"`` where it leaves the matrix as it is."""
+    """One update of one matrix. `kind` is ``"none"`` where it leaves it as it is, or `status` says what failed."""
 
     kind: str = "none"
+    status: str = ""
+    reason: str = ""
     dtype: str = ""
     frobenius: float = math.nan
     relative: float = math.nan
@@ -61,7 +44,7 @@ class UpdateRow:
     amplification: tuple[float, ...] = ()
     amplification_random: tuple[float, ...] = ()
     cosines: tuple[float, ...] = ()
-    clear: tuple[bool, ...] = ()  # whether each of the directions behind `cosines` is resolved
+    clear: tuple[bool, ...] = ()  # whether each of the directions behind `cosines` is one: no error turned it by 30°
 
     @property
     def changes(self) -> bool:
@@ -82,6 +65,8 @@ class UpdateRow:
         """Share of ‖Δ‖² that its own leading directions hold: the most that any subspaces of this rank can."""
         if rank >= self.held == self.rank_limit:
             return 1.0
+        if rank in RANKS:
+            return self.optimum[RANKS.index(rank)] if self.optimum else math.nan
         energy = sum(v**2 for v in self.values[:rank])
         return min(energy / self.frobenius**2, 1.0) if self.frobenius > 0 and rank <= self.held else math.nan
 
@@ -95,7 +80,6 @@ class Sided:
     """How two updates agree on one side: left (outputs) or right (inputs)."""
 
     overlap: Vector = field(repr=False)  # (ranks of a, ranks of b), NaN where a rank passes what is held
-    error: Vector = field(repr=False)
     angles: tuple[float, ...]  # radians, ascending
     chordal: float
     geodesic: float
@@ -139,9 +123,7 @@ class MatrixRow:
     dtype_base: str
     status: str
     reason: str
-    route: str
     base_frobenius: float
-    nf4_floor: float
     basis: int
     updates: tuple[UpdateRow, ...]
     pairs: Mapping[tuple[int, int], PairRow]
@@ -150,6 +132,11 @@ class MatrixRow:
     def analysed(self) -> bool:
         """Whether it is a matrix that two updates change."""
         return self.status == "ok"
+
+    @property
+    def failed(self) -> bool:
+        """Whether it, or one of its updates, could not be analysed."""
+        return self.status in FAILED or any(update.status in FAILED for update in self.updates)
 
     @property
     def parameters(self) -> int:
@@ -172,20 +159,23 @@ class MatrixRow:
 
     def above_chance(self, pair: PairRow, side: str) -> Vector:
         """Overlap as (φ − E) / (1 − E), E the mean of random subspaces; NaN where E is 1."""
-        raw, mean = getattr(pair, side).overlap, self.chance_overlap[side]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(mean < 1, (raw - mean) / (1 - mean), math.nan)
+        return chance.above_chance(getattr(pair, side).overlap, self.chance_overlap[side])
 
     def chance_captured(self, limit: int) -> Vector:
         """Mean share captured by random row and column spaces at `RANKS`, none of them larger than `limit`."""
         ranks = [min(r, limit) for r in RANKS]
         return np.array([chance.capture_both_mean(r, r, self.sides) if r else math.nan for r in ranks])
 
+    @property
+    def leading(self) -> int:
+        """How many leading directions of a tuned matrix are matched with the base's: `TOP`, as far as there are."""
+        return min(TOP, *self.sides)
+
     def chance_intruders(self, epsilon: float) -> float:
-        """How many of `TOP` random directions would count as intruders; NaN where none were looked for."""
+        """How many of as many random directions would count as intruders; NaN where none were looked for."""
         if not self.basis:
             return math.nan
-        return TOP * float(chance.match_below(epsilon, self.basis, self.shape[0])) if epsilon > 0 else 0.0
+        return self.leading * float(chance.match_below(epsilon, self.basis, self.shape[0])) if epsilon > 0 else 0.0
 
 
 def chance_table(dimension: int) -> Vector:
@@ -228,9 +218,7 @@ def _matrix(position: int, record: Mapping[str, Any]) -> MatrixRow:
         dtype_base=_text(record.get("dtype_base")),
         status=_text(record.get("status")),
         reason=_text(record.get("reason")),
-        route=_text(record.get("route")),
         base_frobenius=_number(record.get("base_frobenius")),
-        nf4_floor=_number(record.get("nf4_floor")),
         basis=int(record.get("basis") or 0),
         updates=updates,
         pairs={(pair.a, pair.b): pair for pair in pairs},
@@ -239,7 +227,7 @@ def _matrix(position: int, record: Mapping[str, Any]) -> MatrixRow:
 
 def _update(held: Mapping[str, Any]) -> UpdateRow:
     if held.get("kind", "none") == "none":
-        return UpdateRow()
+        return UpdateRow(status=_text(held.get("status")), reason=_text(held.get("reason")))
     values = _numbers(held.get("values"))
     return UpdateRow(
         kind=_text(held["kind"]),
@@ -294,7 +282,6 @@ def _curve(found: Mapping[str, Any], kind: str, net: UpdateRow) -> tuple[float, 
 def _sided(held: Mapping[str, Any], side: str) -> Sided:
     return Sided(
         overlap=_table(held.get(f"overlap_{side}")),
-        error=_table(held.get(f"overlap_{side}_error")),
         angles=_numbers(held.get(f"angles_{side}")),
         chordal=_number(held.get(f"chordal_{side}")),
         geodesic=_number(held.get(f"geodesic_{side}")),
