@@ -27,7 +27,6 @@ class UpdateRow:
 
     kind: str = "none"
     status: str = ""
-    reason: str = ""
     dtype: str = ""
     frobenius: float = math.nan
     relative: float = math.nan
@@ -227,7 +226,7 @@ def _matrix(position: int, record: Mapping[str, Any]) -> MatrixRow:
 
 def _update(held: Mapping[str, Any]) -> UpdateRow:
     if held.get("kind", "none") == "none":
-        return UpdateRow(status=_text(held.get("status")), reason=_text(held.get("reason")))
+        return UpdateRow(status=_text(held.get("status")))
     values = _numbers(held.get("values"))
     return UpdateRow(
         kind=_text(held["kind"]),
