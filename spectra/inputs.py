@@ -1,4 +1,4 @@
-"""What every comparison of stored weights checks and tells of its inputs: device, folders, memory, digests, matches."""
+"""What every comparison of stored weights checks and tells of its inputs, and the progress bar over them."""
 
 from __future__ import annotations
 

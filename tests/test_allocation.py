@@ -303,3 +303,18 @@ def test_equal_ranks_are_paid_for() -> None:
     assert uniform_rank([3, 5], 7, largest=[4, 4]) == 0
     assert uniform_rank([3, 5], 10**9, largest=[4, 9]) == 9
     assert uniform_cost([3, 5], 9, largest=[4, 9]) == 57
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 6)), min_size=1, max_size=4),
+    st.integers(0, 120),
+)
+def test_uniform_rank_is_the_largest_that_is_paid_for(matrices: list[tuple[int, int]], budget: int) -> None:
+    costs, limits = zip(*matrices, strict=True)
+
+    def price(rank: int) -> int:
+        return sum(min(rank, limit) * cost for cost, limit in matrices)
+
+    want = max(rank for rank in range(max(limits) + 1) if price(rank) <= budget)
+    assert price(uniform_rank(costs, budget, largest=limits)) == price(want)
+    assert uniform_rank(costs, budget, largest=limits) <= want

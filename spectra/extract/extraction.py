@@ -16,8 +16,9 @@ from spectra.extract.adapter_folder import Contents, assemble, write_folder
 from spectra.extract.card import model_card
 from spectra.extract.measure import Matrix, Measured, measure_model
 from spectra.extract.planning import Plan, plan
-from spectra.extract.ranks import uniform_error, uniform_rank
+from spectra.extract.ranks import uniform_error
 from spectra.inputs import matching_info, side_info, versions
+from spectra.theory.allocation import uniform_rank
 from spectra.weighted import Moments
 
 if TYPE_CHECKING:
@@ -338,7 +339,7 @@ def _totals(
 def _against_uniform(found: list[Matrix], spent: int, *, rows: list[dict[str, Any]]) -> dict[str, Any]:
     costs = [row["rows"] + row["cols"] for row in rows]
     limits = [len(one.values) for one in found]
-    rank = uniform_rank(spent, costs, limits)
+    rank = uniform_rank(costs, spent, largest=limits)
     squares, missing = [one.values**2 for one in found], [one.missing for one in found]
     return {"uniform_rank": rank, "uniform_error": uniform_error(rank, squares, missing)}
 

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectra.advice import criteria
-from spectra.errors import UsageError
+from spectra.errors import IncompleteSpectrum, UsageError
 from spectra.extract.places import Place
-from spectra.theory.allocation import allocate, for_energy
+from spectra.measures import energy_rank
+from spectra.theory.allocation import allocate, for_energy, uniform_cost, uniform_rank
 from spectra.values import Spectrum
 
 # Names of the command's criteria, and those of `spectra.advice`.
@@ -141,7 +142,7 @@ class Rule:
         """Parameters of the factors at most, where that is known before anything is read."""
         if self.parameters is not None:
             return self.parameters
-        return None if self.rank is None else _uniform_cost(self.rank, _costs(places), _limits(places))
+        return None if self.rank is None else uniform_cost(_costs(places), self.rank, largest=_limits(places))
 
     def of_matrix(self, spectrum: Spectrum) -> int:
         """Rank that a matrix keeps by its own spectrum alone: `energy` or `criterion`.
@@ -172,7 +173,7 @@ class Rule:
         """
         costs, limits = _costs(places), [len(known) for known in squares]
         if self.allocation == "uniform":
-            rank = uniform_rank(self.parameters or 0, costs, limits)
+            rank = uniform_rank(costs, self.parameters or 0, largest=limits)
             return [min(rank, limit) for limit in limits]
         if self.energy is not None:
             totals = [float(np.sum(known)) + rest for known, rest in zip(squares, missing, strict=True)]
@@ -183,7 +184,7 @@ class Rule:
                     "whole model; ask for less, or for each matrix by itself"
                 )
             return [int(rank) for rank in for_energy(squares, costs, self.energy, totals=totals)]
-        budget = self.parameters if self.parameters is not None else _uniform_cost(self.rank or 1, costs, limits)
+        budget = self.parameters if self.parameters is not None else uniform_cost(costs, self.rank or 1, largest=limits)
         return [int(rank) for rank in allocate(squares, costs, budget)]
 
 
@@ -202,13 +203,11 @@ def by_energy(spectrum: Spectrum, share: float) -> int:
     >>> by_energy(Spectrum(np.array([3.0, 1.0]), (2, 2), 10**0.5, Certificate("by hand")), 0.9)
     1
     """
-    if spectrum.frobenius == 0.0:
-        return 0
-    kept = np.cumsum(spectrum.values**2)
-    enough = np.nonzero(kept >= share * spectrum.frobenius**2 * (1.0 - _SUM_ERROR))[0]
-    if len(enough):
-        return int(enough[0]) + 1
-    return int(np.count_nonzero(spectrum.values))
+    known = int(np.count_nonzero(spectrum.values))
+    try:
+        return min(energy_rank(spectrum, share), known)
+    except IncompleteSpectrum:
+        return known
 
 
 def by_criterion(spectrum: Spectrum, criterion: str) -> int:
@@ -234,29 +233,6 @@ def by_criterion(spectrum: Spectrum, criterion: str) -> int:
     return min(rank, int(np.count_nonzero(spectrum.values)))
 
 
-def uniform_rank(budget: int, costs: Sequence[int], limits: Sequence[int]) -> int:
-    """Largest rank that every matrix can have within a budget of parameters, 0 where not even one is.
-
-    Parameters
-    ----------
-    budget : int
-    costs : sequence of int
-        Parameters of a direction of each matrix.
-    limits : sequence of int
-        Largest rank of each; more is never spent on it.
-
-    Examples
-    --------
-    >>> uniform_rank(20, [3, 5], [4, 4]), uniform_rank(7, [3, 5], [4, 4])
-    (2, 0)
-    """
-    low, high = 0, max(limits, default=0)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if _uniform_cost(middle, costs, limits) <= budget else (low, middle - 1)
-    return low
-
-
 def uniform_error(rank: int, squares: Sequence[Squares], missing: Sequence[float]) -> float:
     """Error of the best factors of one rank everywhere: √ of all energy past it.
 
@@ -274,10 +250,6 @@ def uniform_error(rank: int, squares: Sequence[Squares], missing: Sequence[float
     2.0
     """
     return math.sqrt(math.fsum(float(np.sum(known[rank:])) for known in squares) + math.fsum(missing))
-
-
-def _uniform_cost(rank: int, costs: Sequence[int], limits: Sequence[int]) -> int:
-    return sum(min(rank, limit) * cost for cost, limit in zip(costs, limits, strict=True))
 
 
 def _costs(places: Sequence[Place]) -> list[int]:

@@ -216,9 +216,7 @@ def _pair(a: Operand, b: Operand, of_a: Record, of_b: Record) -> Record:
     sides: tuple[Side, Side] = "left", "right"
     for side, space, basis_a, basis_b in zip(sides, one.shape, _bases(one, q_a), _bases(two, q_b), strict=True):
         table = overlap_table(one, two, ranks[0], ranks[1], side=side)
-        error = np.minimum(
-            np.add.outer(*(_turned(of, at, space) for of, at in zip((of_a, of_b), ranks, strict=True))), 1.0
-        )
+        error = np.add.outer(*(_turned(of, at, space) for of, at in zip((of_a, of_b), ranks, strict=True)))
         angles = principal_angles(basis_a, basis_b)
         pair |= {
             f"overlap_{side}": _padded(table),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from spectra.errors import JournalError
 from spectra.report.build import ReportData, build_report, manifest, summary
@@ -41,16 +42,18 @@ def write_report(run: RunLike, out: str | os.PathLike[str], *, data: ReportData 
     """
     data = build_report(run) if data is None else data
     drawings = draw_figures(data)
-    texts = {
-        "report.html": render_page(data, drawings),
-        "summary.json": dump(summary(data), indent=1) + "\n",
-        "manifest.json": dump(manifest(data), indent=1) + "\n",
-    }
-    return write_folder(Path(out), texts, drawings, save=run.save, saved="spectra.parquet")
+    page, told = render_page(data, drawings), {"summary": summary(data), "manifest": manifest(data)}
+    return write_folder(Path(out), page, told, drawings, save=run.save, saved="spectra.parquet")
 
 
 def write_folder(
-    folder: Path, texts: Mapping[str, str], drawings: Iterable[Drawing], *, save: Callable[[Path], object], saved: str
+    folder: Path,
+    page: str,
+    told: Mapping[str, Any],
+    drawings: Iterable[Drawing],
+    *,
+    save: Callable[[Path], object],
+    saved: str,
 ) -> list[Path]:
     """Write the files of a report into one folder.
 
@@ -58,8 +61,10 @@ def write_folder(
     ----------
     folder : Path
         Made if it is not there.
-    texts : mapping
-        Files by name, the page first.
+    page : str
+        What goes to ``report.html``.
+    told : mapping
+        What goes to JSON files, by their stems.
     drawings : iterable of Drawing
         What goes to ``figures/``.
     save : callable
@@ -82,6 +87,7 @@ def write_folder(
         raise JournalError(f"{figures} is a symbolic link; the report writes inside {folder} only: remove the link")
     figures.mkdir(parents=True, exist_ok=True)
     save(folder)
+    texts = {"report.html": page, **{f"{stem}.json": dump(value, indent=1) + "\n" for stem, value in told.items()}}
     written = [write_atomically(folder / name, text.encode()) for name, text in texts.items()]
     written += [write_atomically(figures / f"{drawing.key}.svg", drawing.svg) for drawing in drawings]
     return [*written[:1], folder / saved, *written[1:]]

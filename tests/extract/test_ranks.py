@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from spectra.difference import difference
 from spectra.errors import UsageError
 from spectra.extract import Extraction, extract
-from spectra.extract.ranks import CRITERIA, Rule, by_criterion, by_energy, uniform_error, uniform_rank
+from spectra.extract.ranks import CRITERIA, Rule, by_criterion, by_energy, uniform_error
+from spectra.theory.allocation import uniform_rank
 from spectra.values import Certificate, Spectrum
 from tests.extract.tuned import save_tensors
 from tests.planted import planted
@@ -40,21 +39,6 @@ def test_energy_counts_no_direction_that_is_not_there() -> None:
     assert by_energy(spectrum([2.0, 0.0, 0.0]), 1.0) == 1
     assert by_energy(spectrum([0.0, 0.0]), 0.5) == 0
     assert by_energy(spectrum([2.0, 1.0], missing=4.0, limit=9), 0.9) == 2  # all that are known
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 6)), min_size=1, max_size=4),
-    st.integers(0, 120),
-)
-def test_uniform_rank_is_the_largest_that_is_paid_for(matrices: list[tuple[int, int]], budget: int) -> None:
-    costs, limits = zip(*matrices, strict=True)
-
-    def price(rank: int) -> int:
-        return sum(min(rank, limit) * cost for cost, limit in matrices)
-
-    want = max(rank for rank in range(max(limits) + 1) if price(rank) <= budget)
-    assert price(uniform_rank(budget, costs, limits)) == price(want)
-    assert uniform_rank(budget, costs, limits) <= want
 
 
 def test_uniform_error_is_the_energy_past_the_rank() -> None:
@@ -103,7 +87,7 @@ def test_global_allocation_is_never_worse_than_uniform(pair: tuple[Path, Path], 
     assert found.totals["factor_parameters"] <= budget
     assert found.totals["matrices_error"] <= found.totals["uniform_error"] * (1 + 1e-6)  # float32 factors
     costs, limits = [sum(shape) for shape, _ in DECAYS.values()], [min(shape) for shape, _ in DECAYS.values()]
-    rank = uniform_rank(budget, costs, limits)
+    rank = uniform_rank(costs, budget, largest=limits)
     told = uniform_error(rank, list(squared(pair).values()), [0.0] * 4)
     assert found.totals["matrices_error"] <= told * (1 + 1e-6)
 

@@ -9,7 +9,6 @@ from spectra.report.files import write_folder
 from spectra.report.pairs.build import GeometryLike, PairsData, build_report, manifest, summary
 from spectra.report.pairs.figures import draw_figures
 from spectra.report.pairs.page import render_page
-from spectra.report.text import dump
 
 
 def write_report(geometry: GeometryLike, out: str | os.PathLike[str], *, data: PairsData | None = None) -> list[Path]:
@@ -38,9 +37,5 @@ def write_report(geometry: GeometryLike, out: str | os.PathLike[str], *, data: P
     """
     data = build_report(geometry) if data is None else data
     drawings = draw_figures(data)
-    texts = {
-        "report.html": render_page(data, drawings),
-        "summary.json": dump(summary(data), indent=1) + "\n",
-        "manifest.json": dump(manifest(data), indent=1) + "\n",
-    }
-    return write_folder(Path(out), texts, drawings, save=geometry.save, saved="geometry.parquet")
+    page, told = render_page(data, drawings), {"summary": summary(data), "manifest": manifest(data)}
+    return write_folder(Path(out), page, told, drawings, save=geometry.save, saved="geometry.parquet")
