@@ -1,0 +1,139 @@
+r"""Fastfood: Gaussian-like rows from two Walsh–Hadamard transforms, no entry of P ever stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from spectra.linalg.hadamard import walsh_hadamard
+from spectra.projections.draws import coarse_normal, signs, stream
+from spectra.projections.protocol import check_shapes
+
+# Entries that are worked on at a time: two such arrays of float32 fit the caches, and a matrix product is long enough.
+_GROUP = 1 << 19
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Some blocks of one piece: entries [first, first + count) of it, laid out as (n, blocks) row after row."""
+
+    piece: int
+    number: int
+    first: int
+    count: int
+    blocks: int
+
+
+class FastfoodProjection:
+    r"""P of stacked blocks c·H G Π H B, with H Walsh–Hadamard of order n, the power of two at d or next above it.
+
+    B are random signs, Π a random permutation, G a diagonal of (coarsely) normal numbers, and c = 1/√(nD). Coordinates
+    past d are zero, so every d up to D is as good as a power of two. Blocks that are worked on together, `_GROUP`
+    entries, share B and Π, which turn the coordinates, and each has its own G: their product ΠHBx is then made once for
+    all of them, and one transform an entry remains of two. Draws are made again in each pass.
+
+    Parameters
+    ----------
+    shapes : sequence of sequence of int
+        Of the tensors that P moves.
+    dimension : int
+        d.
+    seed : int
+        Of all draws.
+
+    Raises
+    ------
+    UsageError
+        If there is no parameter, or d is not between 1 and D.
+
+    Notes
+    -----
+    Q. Le, T. Sarlós and A. Smola, "Fastfood: Approximating Kernel Expansions in Loglinear Time", ICML 2013, equation 7;
+    for intrinsic dimension, Li et al. 2018, appendix. The columns of a block have one norm, c·√n·‖G‖, so that P's
+    columns differ in norm only by the rows that the last blocks of a tensor lack.
+
+    Examples
+    --------
+    >>> from spectra.projections import forward
+    >>> projection = FastfoodProjection([(64, 48), (48,)], dimension=100, seed=0)
+    >>> x = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    >>> moved = forward(projection, x)
+    >>> float(sum(tensor.square().sum() for tensor in moved) / x.square().sum()).__round__(1)
+    1.0
+    """
+
+    def __init__(self, shapes: Sequence[Sequence[int]], *, dimension: int, seed: int) -> None:
+        self.shapes, total = check_shapes(shapes, dimension)
+        self.dimension = dimension
+        self.seed = seed
+        self.order = 1 << (dimension - 1).bit_length()
+        self._factor = 1.0 / math.sqrt(self.order * total)
+
+    def add(self, x: torch.Tensor, piece: int, out: torch.Tensor, *, scale: float = 1.0) -> None:
+        """Add scale · P x to a tensor; see `Projection.add`."""
+        flat = out.view(-1)
+        for group in self._groups(piece):
+            turn, permutation, diagonal = self._draws(group, x)
+            padded = x.new_zeros(self.order)
+            padded[: self.dimension] = x
+            inner = walsh_hadamard(padded.mul_(turn))[permutation].mul_(self._factor * scale)
+            rows = walsh_hadamard(diagonal.mul_(inner[:, None]), dim=0).view(-1)
+            flat[group.first : group.first + group.count] += rows[: group.count]
+
+    def adjoint(self, y: torch.Tensor, piece: int) -> torch.Tensor:
+        """Pᵀ y of one piece; see `Projection.adjoint`."""
+        flat = y.reshape(-1)
+        found = y.new_zeros(self.order)
+        for group in self._groups(piece):
+            turn, permutation, diagonal = self._draws(group, y)
+            size = self.order * group.blocks
+            rows = flat[group.first : group.first + group.count]
+            if group.count < size:
+                rows = torch.nn.functional.pad(rows, (0, size - group.count))
+            sums = torch.linalg.vecdot(diagonal, walsh_hadamard(rows.view(self.order, -1), dim=0))
+            found += walsh_hadamard(torch.zeros_like(sums).index_copy_(0, permutation, sums)).mul_(turn)
+        return found[: self.dimension].mul_(self._factor)
+
+    def squared_norms(self) -> torch.Tensor:
+        """Squared norms of the columns: those of whole blocks, less the rows that are not there."""
+        like = torch.zeros((), dtype=torch.float64)
+        whole, lost = 0.0, torch.zeros(self.order, dtype=torch.float64)
+        for piece in range(len(self.shapes)):
+            for group in self._groups(piece):
+                turn, permutation, diagonal = self._draws(group, like)
+                whole += self.order * float(diagonal.square().sum())
+                for block, absent in self._absent(group):
+                    # Row i of H G Π H B, for the absent i at once: transform the rows of H G, put back by Π.
+                    units = torch.zeros(self.order, len(absent), dtype=torch.float64)
+                    units[absent, torch.arange(len(absent))] = 1.0
+                    inner = walsh_hadamard(units, dim=0).mul_(diagonal[:, block, None])
+                    entries = walsh_hadamard(torch.zeros_like(inner).index_copy_(0, permutation, inner), dim=0)
+                    lost += entries.mul_(turn[:, None]).square().sum(dim=1)
+        return (whole - lost)[: self.dimension] * self._factor**2
+
+    def _groups(self, piece: int) -> Iterator[_Group]:
+        entries = math.prod(self.shapes[piece])
+        most = max(1, _GROUP // self.order) * self.order
+        for number, first in enumerate(range(0, entries, most)):
+            count = min(most, entries - first)
+            yield _Group(piece, number, first, count, -(-count // self.order))
+
+    def _draws(self, group: _Group, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """B (n,), Π as an index (n,), and the group's G, (n, blocks)."""
+        generator = stream(self.seed, group.piece, group.number)
+        turn = signs(generator, self.order, like)
+        permutation = torch.from_numpy(generator.permutation(self.order)).to(like.device)
+        diagonal = coarse_normal(generator, self.order * group.blocks, like)
+        return turn, permutation, diagonal.view(self.order, group.blocks)
+
+    def _absent(self, group: _Group) -> Iterator[tuple[int, torch.Tensor]]:
+        """Rows, by block, that the group's last ones lack: entries of the layout past the tensor's end."""
+        missing = torch.arange(group.count, self.order * group.blocks)
+        for block in range(group.blocks):
+            rows = missing[missing % group.blocks == block] // group.blocks
+            for part in rows.split(max(1, _GROUP // self.order)):
+                if len(part):
+                    yield block, part
