@@ -206,7 +206,7 @@ KEYS = {"bert": ("key", "value", "down"), "llama": ("key", "value", "down"), "gp
 
 
 @pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
+@pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.place != "everything"])
 def test_every_method_trains_what_is_counted(name: str, family: str) -> None:
     model = MODELS[family]()
     settings = {"rank": 2} if "rank" in spec_of(name).fields() else {}

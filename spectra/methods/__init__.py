@@ -16,6 +16,7 @@ _HOME = {
     "Prefix": "prefix",
     "Prompt": "prompt",
     "QLoRA": "qlora",
+    "Subspace": "subspace",
     "inject": "injection",
     "injections": "injection",
     "load_adapter": "folder",

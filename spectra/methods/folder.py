@@ -29,6 +29,8 @@ from spectra.errors import CheckpointError, MismatchError, UnsupportedFormat
 from spectra.methods.injection import Injection, inject
 from spectra.methods.peft_types import METHOD_FIELD, VIRTUAL_TOKENS, check_type, method_of, own_type
 from spectra.methods.protocol import ActivationMethod, Method
+from spectra.methods.subspace import NAME as SUBSPACE
+from spectra.methods.subspace import SubspaceCore
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -44,7 +46,12 @@ _HEADS = {
 
 
 def save_adapter(
-    injection: Injection, folder: str | os.PathLike[str], *, base_model: str, task_type: str | None
+    injection: Injection,
+    folder: str | os.PathLike[str],
+    *,
+    base_model: str,
+    task_type: str | None,
+    fresh: Iterable[str] = (),
 ) -> Path:
     """Write what was trained as an adapter folder.
 
@@ -59,6 +66,8 @@ def save_adapter(
         Hub id or path of the base model.
     task_type : str or None
         As PEFT calls what the model at hand does: ``"SEQ_CLS"``, ``"CAUSAL_LM"``, …
+    fresh : iterable of str
+        Modules that the base model has not, drawn at random: where a subspace moves them, their start is stored too.
 
     Returns
     -------
@@ -91,7 +100,7 @@ def save_adapter(
     }
     if method.peft_type is None:
         config.update({"peft_type": own_type(method), METHOD_FIELD: type(method).__name__})
-    _write(Path(folder), config, _stored(injection, whole))
+    _write(Path(folder), config, {**_stored(injection, whole), **_starts(injection, tuple(fresh))})
     return Path(folder)
 
 
@@ -133,10 +142,11 @@ def load_adapter(
     wanted = method or method_of(config, stored.parts, source=root / CONFIG)
     for name, tensors in stored.replaced.items():
         _load_whole(model.get_submodule(name), tensors, name=name, source=root, strict=False)
-    injection = inject(model, _exactly(stored.parts), wanted, also=_exactly(stored.whole) if stored.whole else None)
+    also = _exactly(stored.whole) if stored.whole else None
+    injection = inject(model, _exactly(_places(config, stored)), wanted, also=also)
     for name, part in injection.parts.items():
         try:
-            cast(ActivationMethod, part).load_state(stored.parts[name])
+            cast(ActivationMethod, part).load_state(stored.parts.get(name, {}))
         except MismatchError as error:
             raise MismatchError(f"{root}: {name}: {error}") from error
     for name, tensors in stored.whole.items():
@@ -153,6 +163,14 @@ class _Stored:
     parts: dict[str, dict[str, torch.Tensor]] = field(default_factory=lambda: defaultdict(dict))
     whole: dict[str, dict[str, torch.Tensor]] = field(default_factory=lambda: defaultdict(dict))
     replaced: dict[str, dict[str, torch.Tensor]] = field(default_factory=lambda: defaultdict(dict))
+
+
+def _places(config: Mapping[str, Any], stored: _Stored) -> Iterable[str]:
+    """Modules that get a part: those with tensors, and for a subspace, whose first module has them all, those named."""
+    if config.get(METHOD_FIELD) != "Subspace":
+        return stored.parts
+    named = config.get("target_modules")
+    return named if isinstance(named, list) and all(isinstance(name, str) for name in named) else stored.parts
 
 
 def _heads(injection: Injection, task_type: str | None) -> list[str]:
@@ -179,6 +197,19 @@ def _stored(injection: Injection, whole: Iterable[str]) -> dict[str, torch.Tenso
         tensors |= {prefix + key: value for key, value in injection.model.get_submodule(name).state_dict().items()}
     # Cloned: the format stores no tensor that shares memory with another, and tied weights do.
     return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+
+
+def _starts(injection: Injection, fresh: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Where a subspace's modules of these names, or inside of them, started."""
+    core = getattr(injection.model, SUBSPACE, None)
+    if not isinstance(core, SubspaceCore):
+        return {}
+    return {
+        f"{_INSIDE}{name}.{key}": core.start(piece).detach().cpu().clone().contiguous()
+        for piece, places in enumerate(core.places)
+        for name, key in places
+        if any(f"{name}.".startswith(f"{other}.") for other in fresh)
+    }
 
 
 def _write(folder: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -237,8 +268,9 @@ def _sorted_tensors(
             strangers.append(bare)
         elif whole:
             stored.whole[name][suffix] = tensor
-        elif METHOD_FIELD not in config and suffix in modules[name].state_dict():
-            stored.replaced[name][suffix] = tensor  # PEFT stores the embeddings of a vocabulary that was resized
+        elif config.get(METHOD_FIELD) in (None, "Subspace") and suffix in modules[name].state_dict():
+            # PEFT stores the embeddings of a vocabulary that was resized, and a subspace a fresh head's start.
+            stored.replaced[name][suffix] = tensor
         else:
             stored.parts[name][suffix] = tensor
     if strangers or not stored.parts:

@@ -55,10 +55,13 @@ class Injection:
 
     @property
     def total(self) -> int:
-        """Number of scalars in the model, the method's own included; weights held as codes count by their entries."""
+        """Number of scalars in the model, the method's own included; weights in codes or buffers count by entries."""
         bases: list[Any] = [getattr(part, "base", None) for part in self.parts.values()]
         coded = [base for base in bases if base is not None and not isinstance(base.weight, nn.Parameter)]
         held = sum(p.numel() for p in self.model.parameters())
+        for module in self.model.modules():
+            moving = getattr(module, "held", 0)
+            held += moving if isinstance(moving, int) else 0
         return held + sum(int(base.in_features * base.out_features) for base in coded)
 
     def weight_parts(self) -> dict[str, WeightMethod]:
@@ -127,6 +130,7 @@ def inject(model: nn.Module, pattern: str, method: Method, *, also: str | None =
     whole = _outermost(_matching(named, also)) if also else []
     if also and not whole:
         raise UsageError(f"also = {also!r} matches no module; {_some(list(named))}")
+    ignored = tuple(name for name in found if name not in set(fit))
     fit = [name for name in fit if not any(name == w or name.startswith(w + ".") for w in whole)]
     if not fit:
         raise UsageError(f"every module that {pattern!r} matches is trained whole by also = {also!r}")
@@ -142,7 +146,6 @@ def inject(model: nn.Module, pattern: str, method: Method, *, also: str | None =
     for name in whole:
         for parameter in named[name].parameters():
             parameter.requires_grad_(True)
-    ignored = tuple(name for name in found if not method.accepts(named[name]))
     injection = Injection(model, method, pattern, parts, tuple(whole), ignored)
     make_hooks = getattr(method, "hooks", None)
     if make_hooks is not None:

@@ -20,7 +20,7 @@ METHOD_FIELD = "spectra_method"
 # Methods that put tokens before the model: their tensors carry no module's name.
 VIRTUAL_TOKENS = ("PREFIX_TUNING", "PROMPT_TUNING")
 
-_OURS = ("FullFineTune", "GLoRA", "Houlsby")
+_OURS = ("FullFineTune", "GLoRA", "Houlsby", "Subspace")
 
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
 

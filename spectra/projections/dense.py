@@ -43,9 +43,7 @@ class DenseProjection:
 take fastfood, or fewer dimensions
     """
 
-    def __init__(
-        self, shapes: Sequence[Sequence[int]], *, dimension: int, seed: int, limit: int = LIMIT
-    ) -> None:
+    def __init__(self, shapes: Sequence[Sequence[int]], *, dimension: int, seed: int, limit: int = LIMIT) -> None:
         self.shapes, total = check_shapes(shapes, dimension)
         self.dimension = dimension
         if 4 * dimension * total > limit:

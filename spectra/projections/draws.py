@@ -10,8 +10,11 @@ from scipy.special import ndtri
 
 
 def stream(seed: int, *place: int) -> np.random.Generator:
-    """Generator of one place; places are independent of each other."""
-    return np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, *place])))
+    """Generator of one place; places are independent of each other.
+
+    The number of its coordinates stands in front, since NumPy takes zeros at the end of a seed for nothing.
+    """
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, len(place), *place])))
 
 
 def random_bytes(generator: np.random.Generator, count: int) -> np.ndarray:
@@ -26,14 +29,23 @@ def signs(generator: np.random.Generator, count: int, like: torch.Tensor) -> tor
     return torch.from_numpy(bits).to(device=like.device).to(like.dtype).mul_(-2.0).add_(1.0)
 
 
-def coarse_normal(generator: np.random.Generator, count: int, like: torch.Tensor) -> torch.Tensor:
-    """So many numbers of mean 0 and variance 1 from a standard normal cut into 256 cells of equal probability.
+def coarse_normal(generator: np.random.Generator, out: torch.Tensor, codes: torch.Tensor) -> None:
+    """Fill a tensor with numbers of mean 0 and variance 1: a standard normal cut into 256 cells of equal probability.
 
     One byte makes one: eight times as fast as float32 normals. What is summed over hundreds of them, as in Fastfood,
-    is normal to within 1/n of what normal draws would give: the fourth moment is 2.91 in place of 3.
+    is normal to within 1/n of what normal draws would give: the fourth moment is 2.9 in place of 3.
+
+    Parameters
+    ----------
+    generator : numpy Generator
+        Drawn from.
+    out : Tensor
+        Of one axis; filled.
+    codes : Tensor of int32
+        Room for as many codes, on out's device; overwritten.
     """
-    codes = torch.from_numpy(random_bytes(generator, count)).to(like.device)
-    return torch.index_select(_cells(like.dtype, like.device), 0, codes.int())
+    codes.copy_(torch.from_numpy(random_bytes(generator, len(out))))
+    torch.index_select(_cells(out.dtype, out.device), 0, codes, out=out)
 
 
 @lru_cache(maxsize=8)

@@ -44,9 +44,9 @@ class LowRankProjection:
     --------
     >>> from spectra.projections import forward
     >>> projection = LowRankProjection([(64, 48), (48,)], dimension=7, seed=0)
-    >>> moved = forward(projection, torch.ones(7))
-    >>> int(torch.linalg.matrix_rank(moved[0])), float(moved[0].square().sum()).__round__(3), float(moved[1].sum())
-    (3, 7.0, 0.0)
+    >>> moved = forward(projection, torch.arange(1.0, 8.0))
+    >>> int(torch.linalg.matrix_rank(moved[0])), float(moved[0].square().sum()).__round__(2), float(moved[1].sum())
+    (3, 140.0, 0.0)
     """
 
     def __init__(
@@ -63,8 +63,9 @@ class LowRankProjection:
         self._matrices = [piece for piece, shape in enumerate(self.shapes) if len(shape) == 2 and min(shape) > 0]
         self._places = self._deal()
         self._bases: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for piece in self._matrices if gradients is not None else ():
-            self._bases[piece] = _leading(self.shapes[piece], gradients, piece, self._rank(piece))
+        if gradients is not None:
+            for piece in self._matrices:
+                self._bases[piece] = _leading(self.shapes[piece], gradients, piece, self._rank(piece))
 
     def add(self, x: torch.Tensor, piece: int, out: torch.Tensor, *, scale: float = 1.0) -> None:
         """Add scale · P x to a tensor; see `Projection.add`."""
@@ -137,7 +138,8 @@ class LowRankProjection:
 def _corner(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The first `count` places of a table in shells around its corner: (0,0), (0,1), (1,0), (1,1), (0,2), …"""
     rank = math.isqrt(count - 1) + 1
-    places = sorted(((i, j) for i in range(rank) for j in range(rank)), key=lambda place: (max(place), sum(place), place))
+    table = ((row, column) for row in range(rank) for column in range(rank))
+    places = sorted(table, key=lambda place: (max(place), sum(place), place))
     rows, columns = zip(*places[:count], strict=True)
     return torch.tensor(rows), torch.tensor(columns)
 

@@ -90,7 +90,7 @@ def parse_rates(ctx: click.Context, param: click.Parameter, values: tuple[str, .
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     short_help="Fine-tune a model by one method or several.",
 )
-@click.option("--method", metavar="NAME", help="full, lora, rslora, lora-plus, qlora, adalora, glora, ia3, houlsby, prefix or prompt.")  # fmt: skip # noqa: E501
+@click.option("--method", metavar="NAME", help="full, lora, rslora, lora-plus, qlora, adalora, glora, ia3, houlsby, prefix, prompt or subspace.")  # fmt: skip # noqa: E501
 @click.option("--methods", callback=parse_list, metavar="A,B,…", help="Train by each of these from one start and seed, into folders of DIR, and compare them.")  # fmt: skip # noqa: E501
 @click.option("--model", "reference", default="minilm", show_default=True, metavar="REF", help="A folder, a .gguf file, an id of the Hugging Face hub, or an example: minilm, smollm2.")  # fmt: skip # noqa: E501
 @click.option("--task", "task_name", required=True, metavar="REF", help="rotten-tomatoes, shakespeare; a .csv, .tsv or .jsonl file of labelled texts; a .txt file or a folder of them, to model; or the id of a data set on the hub.")  # fmt: skip # noqa: E501
@@ -165,6 +165,7 @@ def command(**flags: Any) -> int:
       houlsby     behind attention and feed-forward                1e-3
       prefix      keys and values in front, in every layer         1e-2
       prompt      input vectors in front                           3e-2
+      subspace    every weight, by d random directions             1e-3
 
     \b
     Exit codes:

@@ -18,6 +18,7 @@ from torch import nn
 
 from spectra.errors import CheckpointError, MismatchError
 from spectra.methods.injection import injections
+from spectra.methods.subspace import NAME as SUBSPACE
 from spectra.train.config import Batch, TrainConfig
 from spectra.train.optimizers import trained
 
@@ -134,7 +135,8 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         if not parameter.requires_grad:
             yield name, parameter
     for name, buffer in model.named_buffers():
-        if buffer.dtype in (torch.uint8, torch.int8):  # codes of quantized weights
+        # Codes of quantized weights, and where the weights of a subspace started.
+        if buffer.dtype in (torch.uint8, torch.int8) or name.startswith(f"{SUBSPACE}."):
             yield name, buffer
 
 

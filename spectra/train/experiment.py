@@ -96,7 +96,7 @@ def put_method(plan: Plan, loaded: LoadedModel) -> Injection:
     method = build_method(plan.method, plan.settings)
     pattern = plan.target or target_pattern(plan.method, loaded.family, loaded.model)
     whole = [f"^{re.escape(name)}$" for name in loaded.fresh] + ([plan.also] if plan.also else [])
-    if spec_of(plan.method).place == "everything":
+    if spec_of(plan.method).place == "everything" and getattr(method, "head", None) != "free":
         whole = []  # the head is among everything
     return inject(loaded.model, pattern, method, also="|".join(whole) or None, seed=plan.config.seed)
 
@@ -225,7 +225,7 @@ def predicted_activations(plan: Plan, loaded: LoadedModel, task: Task) -> int | 
     Full fine-tuning and low-rank methods on every linear map, of BERT, Llama, Mistral and GPT-2, in float32.
     """
     config: Any = loaded.model.config
-    full = spec_of(plan.method).place == "everything"
+    full = plan.method == "full"
     if plan.target or plan.config.precision != "fp32" or not (full or plan.method in _LOW_RANK):
         return None
     try:

@@ -111,6 +111,7 @@ _ALL = (
     MethodSpec("houlsby", "Houlsby", "ends", 1e-3, "bottleneck adapters (Houlsby 2019)"),
     MethodSpec("prefix", "Prefix", "embedding", 1e-2, "keys and values in front (Li and Liang 2021)"),
     MethodSpec("prompt", "Prompt", "embedding", 3e-2, "input vectors in front (Lester 2021)"),
+    MethodSpec("subspace", "Subspace", "everything", 1e-3, "d numbers that move every weight (Li 2018)"),
 )
 
 METHODS: dict[str, MethodSpec] = {spec.name: spec for spec in _ALL}

@@ -33,7 +33,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Parameters
     ----------
     model : Module
-        Its injected method may scale learning rates by parameter (LoRA+).
+        Its injected method may scale learning rates by parameter (LoRA+), or a module those of its own (a subspace).
     weight_decay : float
         Of matrices. What has one row or column only, or no more than one axis (norms, biases, IA3's scales), has none.
 
@@ -54,9 +54,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ['bias'] 0.0 1.0
     """
     scales = [getattr(injection.method, "learning_rate_scale", None) for injection in injections(model)]
+    factors = {
+        name: float(factor)
+        for name, module in model.named_modules()
+        if isinstance(factor := getattr(module, "learning_rate_factor", None), float)
+    }
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in trained(model).items():
-        scale = 1.0
+        scale = factors.get(name.rpartition(".")[0], 1.0)
         for scale_of in filter(None, scales):
             scale *= float(scale_of(name))
         decay = weight_decay if sum(side > 1 for side in parameter.shape) > 1 else 0.0

@@ -24,6 +24,7 @@ from spectra.errors import UsageError
 from spectra.methods.folder import save_adapter
 from spectra.methods.full import FullFineTune
 from spectra.methods.injection import Injection, replace_module
+from spectra.methods.subspace import NAME as SUBSPACE
 from spectra.train.models import LoadedModel, quietly
 from spectra.version import __version__
 
@@ -63,7 +64,7 @@ def save_result(loaded: LoadedModel, injection: Injection, out: Path, *, merged:
         return _bytes_of(out)
     if merged and not can_merge(injection):
         raise UsageError(f"{injection.method.name} cannot be merged into the weights: leave --merged away")
-    save_adapter(injection, out, base_model=loaded.reference, task_type=loaded.task_type)
+    save_adapter(injection, out, base_model=loaded.reference, task_type=loaded.task_type, fresh=loaded.fresh)
     loaded.tokenizer.save_pretrained(out)
     size = _bytes_of(out)
     if merged or (injection.method.peft_type is None and can_merge(injection)):
@@ -80,6 +81,8 @@ def save_result(loaded: LoadedModel, injection: Injection, out: Path, *, merged:
 
 def can_merge(injection: Injection) -> bool:
     """Whether every part can be merged into a weight that a file of the model can hold."""
+    if hasattr(injection.model, SUBSPACE):
+        return True
     bases = [getattr(part, "base", None) for part in injection.parts.values()]
     return len(injection.weight_parts()) == len(injection.parts) and all(
         isinstance(getattr(base, "weight", None), nn.Parameter) for base in bases
@@ -90,6 +93,11 @@ def can_merge(injection: Injection) -> bool:
 def plain_modules(injection: Injection) -> Iterator[None]:
     """The model with the modules that stood there before in the places of the parts that wrap them."""
     model = injection.model
+    core = getattr(model, SUBSPACE, None)
+    if core is not None:
+        with core.plain():
+            yield
+        return
     wrapping = {
         name: part
         for name, part in injection.parts.items()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from spectra.linalg import as_matrix, by_gram, product_spectrum, truncated
-from tests.benchmarks import geometry
+from tests.benchmarks import geometry, subspace
 from tests.benchmarks.extraction import extraction
 from tests.benchmarks.quantization import qlora_step, quantization
 from tests.benchmarks.steps import lora_step
@@ -223,6 +223,7 @@ def main(only: str | None, pair: Path | None) -> None:
             "quantization": quantization,
             "qlora": qlora_step,
             "extraction": extraction,
+            "subspace": lambda: chain(subspace.fastfood(), subspace.subspace_step()),
             "geometry": lambda: chain(geometry.overlaps(), geometry.intruder_search()),
         }
         print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")

@@ -21,7 +21,7 @@ from spectra.methods.protocol import ActivationMethod, WeightMethod
 from tests.methods.kinds import EMBEDDING, ENDS, EVERYTHING, KEYS, LINEAR, in_float64, logits, make
 
 HEAD = {"bert": "^classifier$", "llama": None, "gpt2": None}
-METHODS = {"AdaLoRA", "FullFineTune", "GLoRA", "Houlsby", "IA3", "LoRA", "Prefix", "Prompt", "QLoRA"}
+METHODS = {"AdaLoRA", "FullFineTune", "GLoRA", "Houlsby", "IA3", "LoRA", "Prefix", "Prompt", "QLoRA", "Subspace"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Case:
 
 CASES = {
     "full": Case("FullFineTune", {}, EVERYTHING),
+    "subspace": Case("Subspace", {"dimension": 20}, EVERYTHING),
+    "subspace-said": Case("Subspace", {"dimension": 40, "structure": "said", "projection": "kronecker"}, EVERYTHING),
     "lora": Case("LoRA", {"rank": 3}, LINEAR),
     "lora-gaussian": Case("LoRA", {"rank": 3, "init": "gaussian"}, LINEAR),
     "rslora": Case("LoRA", {"rank": 4, "rslora": True, "plus_ratio": 16.0}, LINEAR),

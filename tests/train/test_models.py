@@ -144,7 +144,7 @@ MATCHED = {  # two layers: matrices; keys, values and the feed-forward's inside;
 
 
 @pytest.mark.parametrize("family", MATCHED)
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
+@pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.place != "everything"])
 def test_every_method_goes_where_its_paper_puts_it(name: str, family: str, folders: dict[str, Path]) -> None:
     loaded = load_model(str(folders[family]), CLASSES)
     settings = {"rank": 2} if "rank" in spec_of(name).fields() else {}

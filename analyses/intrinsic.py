@@ -1,0 +1,115 @@
+"""How many dimensions does a task need? d90 of MiniLM by random subspaces of several kinds, searched for with seeds.
+
+Every training is kept in a journal below the folder of runs, so that an interrupted analysis goes on where it stopped;
+full fine-tuning is trained once a task and seed, whatever the number of structures.
+
+    python -m analyses.intrinsic --task rotten-tomatoes --task subjectivity.tsv
+
+The second task is B. Pang and L. Lee's Subjectivity Dataset v1.0 (2004), as a table with the columns label and text.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from spectra.intrinsic.objective import Objective
+from spectra.intrinsic.search import SearchConfig, search
+from spectra.intrinsic.trial import Ask, Trial
+from spectra.train.config import TrainConfig
+from spectra.train.data import load_task
+
+RESULT = Path(__file__).parent / "results" / "intrinsic.json"
+KINDS = ("did/fastfood", "said/fastfood", "did/lora", "did/gradient")
+
+
+def searched(
+    task_name: str, kind: str, runs: Path, references: dict[Ask, Trial], flags: dict[str, Any]
+) -> dict[str, Any]:
+    """One search, as its result tells it."""
+    structure, projection = kind.split("/")
+    task = load_task(task_name)
+    objective = Objective(
+        model="minilm",
+        task=task,
+        config=TrainConfig(learning_rate=5e-5, progress=False),
+        length=flags["length"],
+        limit=flags["held_out"],
+        structure=structure,
+        projection=projection,
+    )
+
+    def run(ask: Ask) -> Trial:
+        if ask.kind != "full":
+            return objective(ask)
+        if ask not in references:
+            references[ask] = objective(ask)
+        return references[ask]
+
+    name = Path(task_name).stem
+    found = search(
+        run,
+        SearchConfig(steps=flags["steps"], seeds=flags["seeds"]),
+        rate_rule=objective.rate_rule,
+        baseline=objective.baseline,
+        held_out=objective.held_out,
+        total=objective.total,
+        smallest=objective.smallest,
+        metric_name=objective.metric_name,
+        told={**objective.describe(), "model": "all-MiniLM-L6-v2", "task": name},
+        say=click.echo,
+        journal=runs / f"{name}-{structure}-{projection}",
+    )
+    for trial in found.trials:
+        if trial.ask.kind == "full":
+            references[trial.ask] = trial
+    click.echo(found.sentence())
+    return {
+        "task": name,
+        "structure": structure,
+        "projection": projection,
+        "sentence": found.sentence(),
+        "verdict": found.verdict,
+        "dimension": found.dimension,
+        "low": found.low,
+        "high": found.high,
+        "full": found.full,
+        "full_low": found.full_low,
+        "full_high": found.full_high,
+        "target": found.target,
+        "baseline": found.baseline,
+        "curve": [list(point) for point in found.curve],
+        "trials": [asdict(trial) for trial in found.trials],
+        "config": dict(found.config),
+    }
+
+
+@click.command()
+@click.option("--task", "tasks", multiple=True, required=True, help="A task of the trainer; may be repeated.")
+@click.option("--kind", "kinds", multiple=True, default=KINDS[:2], show_default=True, type=click.Choice(KINDS))
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("intrinsic-runs"), show_default=True)
+@click.option("--steps", default=100, show_default=True)
+@click.option("--length", default=32, show_default=True)
+@click.option("--held-out", default=1000, show_default=True)
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=RESULT, show_default=True, help="The result.")
+def main(tasks: tuple[str, ...], kinds: tuple[str, ...], runs: Path, out: Path, **flags: Any) -> None:
+    """Search every task by every kind of subspace and add what is found to the result."""
+    for task in tasks:
+        references: dict[Ask, Trial] = {}
+        for kind in kinds:
+            row = searched(task, kind, runs, references, flags)
+            rows = json.loads(out.read_text("utf-8")) if out.exists() else []
+            key = ("task", "structure", "projection")
+            rows = [old for old in rows if any(old[name] != row[name] for name in key)]
+            rows = sorted([*rows, row], key=lambda entry: [entry[name] for name in key])
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
