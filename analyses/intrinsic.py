@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from spectra.intrinsic.objective import Objective
-from spectra.intrinsic.search import SearchConfig, search
+from spectra.intrinsic.searching import SearchConfig, search
 from spectra.intrinsic.trial import Ask, Trial
 from spectra.train.config import TrainConfig
 from spectra.train.data import load_task

@@ -16,6 +16,7 @@ VERBS = {
     "extract": ("spectra.extract.__main__", "command", "A fine-tune as a LoRA adapter of PEFT."),
     "importance": ("spectra.importance.__main__", "command", "Which directions a training's gradients would keep."),
     "train": ("spectra.train.__main__", "command", "Fine-tune a model on texts, by one method or several."),
+    "intrinsic": ("spectra.intrinsic.__main__", "command", "How few numbers a task needs: the search for d90."),
     "examples": ("spectra.examples", "main", "Print the local path of a real checkpoint or text."),
 }
 

@@ -20,7 +20,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -409,12 +410,18 @@ def save_moments(moments: Mapping[str, Moments], path: str | os.PathLike[str]) -
     return target
 
 
-def load_moments(path: str | os.PathLike[str]) -> dict[str, Moments]:
-    """Read moments that `save_moments` wrote.
+def load_moments(path: str | os.PathLike[str]) -> Mapping[str, Moments]:
+    """Open moments that `save_moments` wrote; each is read when it is asked for, and not kept.
 
     Parameters
     ----------
     path : path
+
+    Returns
+    -------
+    mapping of str to Moments
+        By name. Memory is that of those which the caller keeps; one that is no moments raises `UnsafeCheckpoint` when
+        it is read.
 
     Raises
     ------
@@ -426,9 +433,38 @@ def load_moments(path: str | os.PathLike[str]) -> dict[str, Moments]:
     source = Path(path)
     if not source.is_file():
         raise CheckpointNotFound(f"{source} is no file; spectra.weighted.save_moments writes one")
+    with _said_of(source), safe_open(source, "pt") as file:
+        told = json.loads((file.metadata() or {})[_RECORD])
+        counts = {name: int(told[name]) for name in file.keys()}  # noqa: SIM118
+        for name in counts:
+            shape = file.get_slice(name).get_shape()
+            if len(shape) != 2 or shape[0] != shape[1]:
+                raise UsageError(f"{name} is {tuple(shape)}, and moments are square")
+    return _Stored(source, counts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Stored(Mapping[str, Moments]):
+    """Moments in a file, read one at a time."""
+
+    source: Path
+    counts: Mapping[str, int]
+
+    def __getitem__(self, name: str) -> Moments:
+        count = self.counts[name]
+        with _said_of(self.source), safe_open(self.source, "pt") as file:
+            return Moments(file.get_tensor(name), count)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.counts)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+@contextmanager
+def _said_of(source: Path) -> Iterator[None]:
     try:
-        with safe_open(source, "pt") as file:
-            counts = json.loads((file.metadata() or {})[_RECORD])
-            return {name: Moments(file.get_tensor(name), int(counts[name])) for name in file.keys()}  # noqa: SIM118
+        yield
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
         raise UnsafeCheckpoint(f"{source} does not hold moments of this program: {error!r}") from error

@@ -22,6 +22,7 @@ from spectra.advice.model import energies
 from spectra.errors import UsageError
 from spectra.plot.advice import plot_budgets, plot_criteria
 from spectra.run import Run
+from spectra.theory.allocation import for_energy
 from spectra.values import Certificate, Spectrum
 from tests.planted import planted
 
@@ -273,6 +274,24 @@ def test_model_ranks_stand_in_its_table() -> None:
     assert advice.for_energy(0.9) == advise_model(model()).for_energy(0.9)
 
 
+def test_complete_spectra_are_solved_once_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ends are one number there; of truncated spectra each end is its own problem."""
+    solved = []
+
+    def counted(squares: object, costs: object, share: float, **rest: object) -> object:
+        solved.append(share)
+        return for_energy(squares, costs, share, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("spectra.advice.model.for_energy", counted)
+    table = advise_model(model()).shares
+    assert solved == table.share.tolist()
+    for name in ("uniform_rank", "uniform_parameters", "global_parameters"):
+        assert table[f"{name}_low"].tolist() == table[f"{name}_high"].tolist()
+    solved.clear()
+    cut_short = {name: cut(one, 4, slack=1.2) for name, one in model().items()}
+    assert len(advise_model(cut_short).shares) * 2 == len(solved)
+
+
 def test_criteria_of_a_model_are_beaten_at_their_own_cost() -> None:
     spectra = model()
     advice = advise_model(spectra)
@@ -345,7 +364,7 @@ def test_card_and_plots() -> None:
     advice = advise_model({"<b>": SPECTRA["power"], "c": cut(SPECTRA["power"], 10, exact_vectors=False)})
     card = advice._repr_html_()
     assert "<svg" in card
-    assert "fewer" in card or "less than 90%" in card
+    assert "fewer" in card or "less than 90\xa0%" in card
     axes = Figure().subplots(1, 2)
     assert advice.plot.budgets(ax=axes[0]) is axes[0]
     assert advice.plot.criteria(ax=axes[1]) is axes[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -324,3 +325,25 @@ def test_files_that_hold_no_moments_are_refused(tmp_path: Path) -> None:
     other.write_bytes(other.read_bytes()[:-3])
     with pytest.raises(UnsafeCheckpoint):
         load_moments(other)
+
+
+def test_moments_of_a_file_are_read_one_at_a_time(tmp_path: Path) -> None:
+    """Opening reads none of them, and none that was read is kept."""
+    found = {name: moments_of(inputs(6, 20, seed=i)) for i, name in enumerate("abc")}
+    path = save_moments(found, tmp_path / "moments.safetensors")
+    stored = load_moments(path)
+    assert (len(stored), sorted(stored)) == (3, ["a", "b", "c"])
+    one = weakref.ref(stored["b"].total)
+    assert one() is None
+    assert torch.equal(stored["b"].total, found["b"].total)
+    with pytest.raises(KeyError):
+        stored["d"]
+
+
+def test_moments_that_are_none_are_refused_when_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "moments.safetensors"
+    save_file({"a": torch.eye(2), "b": torch.ones(2, 2).triu()}, path, {"spectra.moments": '{"a": 1, "b": 1}'})
+    stored = load_moments(path)
+    assert stored["a"].count == 1
+    with pytest.raises(UnsafeCheckpoint, match="not hold moments"):
+        stored["b"]

@@ -242,7 +242,7 @@ CRITERIA: dict[str, Callable[[Spectrum], Band]] = {
 }
 
 LABELS = {
-    **{f"energy_{round(100 * share)}": f"{share:.0%} of the energy" for share in ENERGY_SHARES},
+    **{f"energy_{round(100 * share)}": f"{100 * share:.0f}\xa0% of the energy" for share in ENERGY_SHARES},
     "entropy": "entropy rank",
     "stable": "stable rank",
     "signal": "above the storage floor",

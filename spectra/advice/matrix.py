@@ -100,22 +100,23 @@ def _verdict(advice: Advice) -> str:
     wanted, signal, noise = advice["energy_90"], advice["signal"], advice["gavish_donoho"]
     if signal.applies and wanted.low > signal.high:
         return (
-            f"90% of the energy takes {wanted} directions but only {signal} stand above what rounding to the stored "
-            "dtype can make: the rest of that energy may be rounding, and keeping it may keep nothing of the training."
+            f"90\xa0% of the energy takes {wanted} directions but only {signal} stand above what rounding to the "
+            "stored dtype can make: the rest of that energy may be rounding, and keeping it may keep nothing of the "
+            "training."
         )
     if noise.applies and wanted.low > AGREEMENT * max(noise.high, 1.0):
         return (
-            f"90% of the energy takes {wanted} directions but only {noise} pass Gavish and Donoho's threshold: most of "
-            "the energy lies in a tail that looks like noise, so a low rank loses much of the norm, and perhaps little "
-            "of what was learned."
+            f"90\xa0% of the energy takes {wanted} directions but only {noise} pass Gavish and Donoho's threshold: "
+            "most of the energy lies in a tail that looks like noise, so a low rank loses much of the norm, and "
+            "perhaps little of what was learned."
         )
     entropy, stable = advice["entropy"], advice["stable"]
     if entropy.low > AGREEMENT * stable.high and wanted.low > AGREEMENT * stable.high:
         return (
-            f"A few directions dominate (stable rank {stable}) but 90% of the energy takes {wanted}: the spectrum has "
-            "a long tail, and what is kept grows slowly with the rank."
+            f"A few directions dominate (stable rank {stable}) but 90\xa0% of the energy takes {wanted}: the spectrum "
+            "has a long tail, and what is kept grows slowly with the rank."
         )
     return (
-        f"The criteria that look at rounding, noise and tail do not contradict the {wanted} directions that hold 90% "
-        "of the energy."
+        f"The criteria that look at rounding, noise and tail do not contradict the {wanted} directions that hold "
+        "90\xa0% of the energy."
     )

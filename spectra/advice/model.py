@@ -95,14 +95,17 @@ class ModelAdvice:
 
         ``…_low`` and ``…_high`` contain the truth; ``high`` is infinite where the known directions do not hold it.
         """
+        complete = all(found.complete for found in self.spectra.values())
+        ends = {"high": self._known} if complete else {"low": self._most, "high": self._known}
         rows = []
         for share in ENERGY_SHARES:
-            low, high = (self._uniform_for(energies, share) for energies in (self._most, self._known))
-            row: dict[str, Any] = {"share": share, "uniform_rank_low": low, "uniform_rank_high": high}
-            for end, rank in (("low", low), ("high", high)):
-                row[f"uniform_parameters_{end}"] = self._uniform_cost(rank)
-            for end, energies in (("low", self._most), ("high", self._known)):
-                row[f"global_parameters_{end}"] = self._global_for(energies, share)
+            needs = {}
+            for end, energies in ends.items():
+                rank = self._uniform_for(energies, share)
+                needs[end] = (rank, self._uniform_cost(rank), self._global_for(energies, share))
+            row: dict[str, Any] = {"share": share}
+            for i, name in enumerate(("uniform_rank", "uniform_parameters", "global_parameters")):
+                row |= {f"{name}_{end}": needs.get(end, needs["high"])[i] for end in ("low", "high")}
             rows.append(row)
         return _table(rows)
 
@@ -179,12 +182,12 @@ class ModelAdvice:
         if self._total == 0.0:
             return "Nothing changed: no direction is needed."
         if math.isinf(row.global_parameters_high):
-            return "The directions that are known hold less than 90% of the energy: ask for more of each spectrum."
+            return "The directions that are known hold less than 90\xa0% of the energy: ask for more of each spectrum."
         saved = 1.0 - row.global_parameters_high / row.uniform_parameters_high
         return (
-            f"90% of the energy of the whole model takes rank {int(row.uniform_rank_high)} everywhere "
+            f"90\xa0% of the energy of the whole model takes rank {int(row.uniform_rank_high)} everywhere "
             f"({int(row.uniform_parameters_high):,} parameters), or {int(row.global_parameters_high):,} parameters "
-            f"where they help most: {saved:.0%} fewer."
+            f"where they help most: {100 * saved:.0f}\xa0% fewer."
         )
 
     @property

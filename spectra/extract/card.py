@@ -87,7 +87,8 @@ def _errors(tensors: Sequence[dict[str, Any]]) -> str:
     head += "\n|---|---|---|---|---|---|---|" + ("---|" if more else "")
     lines = [
         f"| {_text(row['name'])} | {row['rows']} × {row['cols']} | {row['rank']} | {row['norm']:.4g} "
-        f"| {row['error']:.4g} | {row['relative_error']:.2%} | {row['optimum']:.4g} |" + (_seen(row) if more else "")
+        f"| {row['error']:.4g} | {100 * row['relative_error']:.2f}\xa0% | {row['optimum']:.4g} |"
+        + (_seen(row) if more else "")
         for row in rows
     ]
     return "\n".join([f"## The {len(rows)} largest errors\n", head, *lines])
@@ -95,7 +96,7 @@ def _errors(tensors: Sequence[dict[str, Any]]) -> str:
 
 def _seen(row: dict[str, Any]) -> str:
     """The cell of what a matrix leaves of its update's effect on its inputs."""
-    return f" {row['weighted_error'] / row['weighted_norm']:.2%} |" if row["weighted_norm"] else " – |"
+    return f" {100 * row['weighted_error'] / row['weighted_norm']:.2f}\xa0% |" if row["weighted_norm"] else " – |"
 
 
 def _left_out(tensors: Sequence[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ import html
 import math
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -151,8 +152,8 @@ def extract(
     moments : path or mapping of str to Moments, optional
         Second moments R of the inputs of linear maps, by module (`spectra.weighted`), or the file that ``python -m
         spectra.train.moments`` writes. Their factors then leave least of ‖(Δ − BA)R^½‖, what they do to those
-        inputs, and the rule reads that spectrum; errors are told both ways. The moments and their roots are held in
-        memory.
+        inputs, and the rule reads that spectrum; errors are told both ways. Moments of a file are read one at a
+        time, and roots of 1 GiB together are kept, or two of the largest.
     seed : int
         Seed of the sketches that matrices of more than 2048 rows and columns go through.
     device : str, optional
@@ -217,7 +218,10 @@ def execute(todo: Plan, *, jobs: int | None = None, progress: bool = True) -> Ex
     """Carry out a plan; parameters, returns and errors are those of `extract`."""
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs = {jobs}: at least one matrix must be taken at a time")
-    measured = measure_model(todo, jobs=jobs or os.cpu_count() or 1, progress=progress)
+    with ThreadPoolExecutor(1) as beside:  # digests read the files once more, and wait for no matrix
+        sides = beside.map(side_info, (todo.base, todo.tuned))
+        measured = measure_model(todo, jobs=jobs or os.cpu_count() or 1, progress=progress)
+        base, tuned = sides
     failed = [measured[place.name] for place in todo.matrices if measured[place.name].status != "ok"]
     if len(failed) == len(todo.matrices):
         told = f"none of {len(failed)} matrices could be taken; {failed[0].place.name}: {failed[0].reason}"
@@ -229,8 +233,8 @@ def execute(todo: Plan, *, jobs: int | None = None, progress: bool = True) -> Ex
     info = {
         "command": todo.command,
         "rule": str(todo.rule),
-        "base": side_info(todo.base),
-        "tuned": side_info(todo.tuned),
+        "base": base,
+        "tuned": tuned,
         "matching": matching_info(todo.pairing),
         "settings": {**todo.settings},
         **({"moments": dict(todo.weighting.info)} if todo.weighting.moments else {}),
@@ -395,8 +399,8 @@ def _verdict(found: Extraction) -> list[str]:
         f"{totals['factored']} of {totals['matrices']} matrices as factors of {told}: "
         f"{totals['factor_parameters']:,} parameters, {totals['parameters']:,} with all that is stored "
         f"({totals['bytes'] / 1e6:,.2f} MB)",
-        f"keeps {kept:.2%} of the energy of the whole update: relative error {error:.3g}, of the matrices alone "
-        f"{_relative(totals, 'matrices_'):.3g}",
+        f"keeps {100 * kept:.2f}\xa0% of the energy of the whole update: relative error {error:.3g}, of the matrices "
+        f"alone {_relative(totals, 'matrices_'):.3g}",
         *(_told_of_inputs(totals) if "weighted_norm" in totals else [_optimality(totals)]),
     ]
     whole = totals.get("weighted_norm", totals["matrices_norm"])

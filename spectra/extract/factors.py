@@ -14,11 +14,11 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
 from spectra.errors import NoConvergence, OutOfMemory
+from spectra.extract.eigenvectors import leading_eigenvectors
 from spectra.inputs import EXACT_BELOW
 from spectra.linalg.dense import by_bidiagonal
 from spectra.linalg.factored import product_spectrum
@@ -157,10 +157,7 @@ def _top_eigenvectors(gram: torch.Tensor, rank: int) -> torch.Tensor:
     p = gram.shape[0]
     try:
         if gram.device.type == "cpu" and rank * _FEW <= p:
-            found = scipy.linalg.eigh(
-                gram.numpy(), subset_by_index=[p - rank, p - 1], driver="evr", overwrite_a=True, check_finite=False
-            )[1]
-            return torch.from_numpy(found[:, ::-1].copy())  # contiguous to NumPy is a single reversed column too
+            return torch.from_numpy(leading_eigenvectors(gram.numpy(), rank))
         turn: torch.Tensor = torch.linalg.eigh(gram)[1].flip(1)[:, :rank]
         return turn
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # not in its stubs

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spectra.delta import LowRankDelta
+from spectra.delta import AnyDelta, Delta, LowRankDelta, as_rows
 from spectra.difference import Difference
 from spectra.errors import CheckpointError, MatrixError, NonFiniteMatrix, OutOfMemory, UsageError
 from spectra.extract.adapter_folder import Piece
@@ -21,6 +21,7 @@ from spectra.extract.planning import Plan
 from spectra.extract.weighting import Options, Seen, SeenMatrix, SeenProduct
 from spectra.inputs import physical_memory, progress_bar
 from spectra.linalg.factored import product_spectrum
+from spectra.linalg.matrix import row_blocks
 from spectra.schedule import Load, in_lanes, resident_bytes
 from spectra.values import Spectrum
 
@@ -131,12 +132,7 @@ def measure_model(todo: Plan, *, jobs: int, progress: bool) -> dict[str, Measure
     first: dict[str, Measured] = {}
     passes = 2 if todo.rule.whole_model else 1
     work = {f"{name} ({i})": amount for i in range(passes) for name, amount in _work(todo).items()}
-    roots = {f"moments {i}": one for i, one in enumerate(todo.weighting.distinct())}
-    work |= {name: 10.0 * len(one.total) ** 3 for name, one in roots.items()}  # ten flops an entry: LAPACK's dsyevd
     with progress_bar(work, progress) as advance:
-        for name, one in roots.items():
-            _ = one.root  # kept from here on: not by whichever matrix comes first, on however many threads
-            advance(name)
         if todo.rule.whole_model:
             first = _each(
                 todo, todo.matrices, lambda place: _spectrum_of(todo, place), jobs, lambda n: advance(f"{n} (1)")
@@ -198,8 +194,10 @@ def _load(todo: Plan, place: Place) -> Load:
         wide = 8 * sum(math.prod(delta.tuned.info(name).shape) for name in (delta.update.a, delta.update.b))
         return Load((max(delta.shape), 1), 6 * wide)
     p = min(delta.shape) if place.factored else 1
-    # ΔR^½ in float64, its bidiagonalization's copies, and a plain factorization after it.
-    seen = 8 * 4 * math.prod(delta.shape) if place.name in todo.weighting.moments else 0
+    seen = 0
+    if place.name in todo.weighting.moments:
+        # ΔR^½ in float64, its bidiagonalization's copies, and a plain factorization after it; R and its root.
+        seen = 8 * 4 * (math.prod(delta.shape) + todo.weighting.moments[place.name].size ** 2)
     return Load(delta.shape, resident_bytes(delta) + seen + 8 * (2 * p * p + 2048 * p))
 
 
@@ -208,7 +206,8 @@ def _work(todo: Plan) -> dict[str, float]:
     for place in todo.places:
         rows, cols = place.delta.shape if place.delta is not None else (1, 1)
         small = isinstance(place.delta, LowRankDelta) or not place.factored
-        work[place.name] = float(rows + cols) * 64 if small else float(rows * cols) * (64 + min(rows, cols))
+        own = float(rows + cols) * 64 if small else float(rows * cols) * (64 + min(rows, cols))
+        work[place.name] = own + todo.weighting.work(place.name)
     return work
 
 
@@ -240,7 +239,7 @@ def _weighted_spectrum(todo: Plan, place: Place, norm: float, seen: Seen) -> Mea
 
 def _seen_matrix(todo: Plan, place: Place, difference: Difference) -> Seen:
     assert place.delta is not None
-    root = todo.weighting.moments[place.name].root
+    root = todo.weighting.root(place.name)
     image = 8 * root.shape[1] * sum(place.delta.shape)
     options = Options(todo.settings["seed"], todo.settings["device"], _limit() - resident_bytes(place.delta) - image)
     return SeenMatrix(difference.matrix, root, difference.frobenius, transposed=place.transposed, options=options)
@@ -248,7 +247,7 @@ def _seen_matrix(todo: Plan, place: Place, difference: Difference) -> Seen:
 
 def _seen_product(todo: Plan, place: Place, b: torch.Tensor, a: torch.Tensor) -> Seen:
     assert isinstance(place.delta, LowRankDelta)
-    root, scale = todo.weighting.moments[place.name].root, place.delta.update.scale
+    root, scale = todo.weighting.root(place.name), place.delta.update.scale
     return SeenProduct(b, a, scale, root, transposed=place.transposed, name=place.name)
 
 
@@ -271,13 +270,29 @@ def _spectrum(todo: Plan, place: Place, difference: Difference, rank: int | None
 def _measured(todo: Plan, place: Place, rank: int | None, before: Measured | None) -> Measured:
     if place.delta is None:
         return _alone(todo, place)
-    if not place.factored:
+    if place.kind == "bias":
         difference = place.delta.difference()
-        shift = difference.matrix.flatten().clone() if place.kind == "bias" else None
+        shift = difference.matrix.flatten().clone()
         return Measured(place, norm=difference.frobenius, piece=Piece(difference.frobenius, shift=shift))
+    if not place.factored:
+        norm = _distance(place.delta)
+        return Measured(place, norm=norm, piece=Piece(norm))
     if isinstance(place.delta, LowRankDelta):
         return _reranked(todo, place, place.delta, rank, before)
     return _factored(todo, place, rank, before)
+
+
+def _distance(delta: AnyDelta) -> float:
+    """‖Δ‖_F alone: not what storage rounding adds, which takes six times as long."""
+    if isinstance(delta, Delta) and not delta.view:
+        old, new = delta.weights(), as_rows(delta.tuned[delta.tuned_name])
+        wide = torch.float64 if torch.float64 in (old.dtype, new.dtype) else torch.float32
+        if old.shape == new.shape:
+            blocks = zip(row_blocks(old), row_blocks(new), strict=True)
+            energy = math.fsum(float((b.to(wide) - a.to(wide)).double().square_().sum()) for a, b in blocks)
+            if math.isfinite(energy):
+                return math.sqrt(energy)
+    return delta.difference().frobenius  # which says what is wrong with it
 
 
 def _alone(todo: Plan, place: Place) -> Measured:

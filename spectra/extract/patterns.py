@@ -130,10 +130,13 @@ def saved_modules(
         also = {module for module in every if module.endswith(name)}
         clash = next((target for target in factored if _keeps_out(name, target) or _touches(target, also)), None)
         nested = next((one for one in also for other in also | wrapped if one != other and _inside(one, other)), None)
+        held = next((one for one in wrapped for other in also if one != other and _inside(one, other)), None)
         if clash is not None:
             refused[name] = f"PEFT would take {clash}, which has factors, for it"
         elif nested is not None:
             refused[name] = f"PEFT would take {nested}, inside another module saved whole, for it"
+        elif held is not None:
+            refused[name] = f"{held}, inside a module that PEFT would take for it, is saved by itself"
         else:
             names.append(name)
             wrapped |= also

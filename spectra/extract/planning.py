@@ -100,7 +100,7 @@ class Plan:
         """The plan in words, for a terminal."""
         counts = Counter(place.kind for place in self.places)
         said = [
-            f"{self.pairing.matched} of {self.pairing.total} tensors match ({self.pairing.share:.1%})",
+            f"{self.pairing.matched} of {self.pairing.total} tensors match ({100 * self.pairing.share:.1f}\xa0%)",
             *self.pairing.transforms,
             f"rule: {self.rule}",
             f"task: {self.model.task_type or 'unknown, left out'}",

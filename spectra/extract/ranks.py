@@ -35,7 +35,7 @@ Squares = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Rule:
-    """How many directions each matrix keeps; exactly one of the first four fields is given.
+    r"""How many directions each matrix keeps; exactly one of the first four fields is given.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ class Rule:
     Examples
     --------
     >>> str(Rule(rank=8)), str(Rule(energy=0.9, allocation="global")), Rule(parameters=1000).whole_model
-    ('rank 8 everywhere', 'the fewest parameters that keep 90% of the energy of the whole model', True)
+    ('rank 8 everywhere', 'the fewest parameters that keep 90\xa0% of the energy of the whole model', True)
     """
 
     rank: int | None = None
@@ -101,7 +101,7 @@ class Rule:
             even = f"rank {self.rank} everywhere"
             return f"the parameters of {even}, allocated globally" if self.whole_model else even
         if self.energy is not None:
-            share = f"{self.energy:.10g}" if self.energy > 0.999 else f"{100 * self.energy:.4g}%"
+            share = f"{self.energy:.10g}" if self.energy > 0.999 else f"{100 * self.energy:.4g}\xa0%"
             if self.whole_model:
                 return f"the fewest parameters that keep {share} of the energy of the whole model"
             return f"{share} of the energy of every matrix"

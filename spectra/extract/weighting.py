@@ -7,11 +7,13 @@ are never multiplied out, and B is split into balanced factors as the base store
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +32,7 @@ from spectra.extract.factors import (
 )
 from spectra.extract.places import Place
 from spectra.extract.ranks import Rule
+from spectra.extract.roots import KEPT_BYTES, Inputs, Roots
 from spectra.linalg.factored import product_spectrum
 from spectra.linalg.matrix import row_blocks
 from spectra.linalg.route import spectrum
@@ -42,14 +45,22 @@ _OF_ENTRIES = ("signal", "gavish-donoho", "marchenko-pastur")
 
 @dataclass(frozen=True, eq=False)
 class Weighting:
-    """Moments of the inputs of the matrices that have any, by the matrix's name; and what the record says of them."""
+    """Inputs of the matrices whose moments are known, by the matrix's name; and what the record says of them."""
 
-    moments: Mapping[str, Moments]
+    moments: Mapping[str, Inputs]
     info: Mapping[str, Any]
+    roots: Roots = field(default_factory=Roots)
 
-    def distinct(self) -> list[Moments]:
-        """Each of them once: queries, keys and values read one input."""
-        return list({id(one): one for one in self.moments.values()}.values())
+    def root(self, name: str) -> torch.Tensor:
+        """S of shape (inputs, s) with SSᵀ = R, of one matrix's inputs."""
+        return self.roots(self.moments[name])
+
+    def work(self, name: str) -> float:
+        """Flops of a matrix's part of its input's root: ten an entry and row, LAPACK's dsyevd."""
+        if name not in self.moments:
+            return 0.0
+        readers = sum(other is self.moments[name] for other in self.moments.values())
+        return 10.0 * self.moments[name].size ** 3 / readers
 
 
 NONE = Weighting({}, {})
@@ -83,7 +94,7 @@ def weighting_of(
             f"criterion = {rule.criterion!r} holds singular values against rounding or noise of the entries, which "
             "moments weight: choose another rule, or leave the moments out"
         )
-    found = dict(given) if isinstance(given, Mapping) else load_moments(given)
+    found = given if isinstance(given, Mapping) else load_moments(given)
     linear = {place.module: place for place in places if place.kind == "linear"}
     names = aligned(found, linear)
     if not names:
@@ -91,32 +102,54 @@ def weighting_of(
             f"none of the moments of {listed(sorted(found))} belongs to a matrix that is to be extracted, "
             f"{listed(sorted(linear))} among them"
         )
-    shared = _shared({module: found[name] for module, name in names.items()})
-    for module, moments in shared.items():
+    facts = {module: _looked_at(found[name]) for module, name in names.items()}
+    for module, fact in facts.items():
         place = linear[module]
         assert place.delta is not None
         inputs = place.delta.shape[0 if place.transposed else 1]
-        if len(moments.total) != inputs:
+        if fact.size != inputs:
             raise UsageError(
-                f"the moments of {names[module]} are of {len(moments.total)} inputs and {place.name} reads {inputs}: "
+                f"the moments of {names[module]} are of {fact.size} inputs and {place.name} reads {inputs}: "
                 "they were taken of another model"
             )
-    plain = [place.name for place in places if place.module not in shared or place.kind != "linear"]
+    plain = [place.name for place in places if place.module not in facts or place.kind != "linear"]
     if plain and rule.whole_model and rule.allocation != "uniform":
         raise UsageError(
             f"{len(plain)} of {len(places)} matrices have no moments, {listed(plain)} among them: weighted errors and "
             "plain ones cannot be allocated together; leave those out (--exclude, --embeddings save), or give a rule "
             "that looks at one matrix at a time (--energy or --rank without --global)"
         )
-    silent = [names[module] for module, moments in shared.items() if not float(moments.total.trace()) > 0.0]
+    silent = [names[module] for module, fact in facts.items() if not fact.trace > 0.0]
     if silent:
         raise UsageError(f"the moments of {listed(silent)} are all 0: their maps read nothing; leave them out")
-    info: dict[str, Any] = {"file": None, "maps": len(found), "matrices": len(shared), "plain": plain}
+    info: dict[str, Any] = {"file": None, "maps": len(found), "matrices": len(facts), "plain": plain}
     if not isinstance(given, Mapping):
         digest = digest_files([(Path(given).name, Path(given), 0)])[0]
         info |= {"file": str(given), "sha256": digest.sha256, "sampled": digest.sampled}
-    info["inputs"] = max(moments.count for moments in shared.values())
-    return Weighting({linear[module].name: moments for module, moments in shared.items()}, info)
+    info["inputs"] = max(fact.count for fact in facts.values())
+    # One object for equal moments, so that a root is taken once for all maps that read one input.
+    held: dict[_Fact, Inputs] = {}
+    for module, fact in facts.items():
+        held.setdefault(fact, Inputs(partial(found.__getitem__, names[module]), fact.size))
+    largest = max(fact.size for fact in facts.values())
+    roots = Roots(max(KEPT_BYTES, 2 * 8 * largest**2))
+    return Weighting({linear[module].name: held[fact] for module, fact in facts.items()}, info, roots)
+
+
+@dataclass(frozen=True)
+class _Fact:
+    """What tells moments from others, in a few bytes."""
+
+    size: int
+    count: int
+    trace: float
+    digest: bytes
+
+
+def _looked_at(moments: Moments) -> _Fact:
+    total = moments.total.contiguous()
+    digest = hashlib.sha256(memoryview(total.numpy()).cast("B")).digest()  # type: ignore[arg-type]
+    return _Fact(len(total), moments.count, float(total.trace()), digest)
 
 
 def aligned(known: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
@@ -156,19 +189,6 @@ def aligned(known: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
 def _endings(path: str) -> Iterator[str]:
     segments = path.split(".")
     return (".".join(segments[at:]) for at in range(len(segments)))
-
-
-def _shared(moments: Mapping[str, Moments]) -> dict[str, Moments]:
-    """One object for equal moments, so that a root is taken and kept once for maps that read one input."""
-    seen: dict[tuple[int, int, float], list[Moments]] = {}
-    result = {}
-    for module, one in moments.items():
-        like = seen.setdefault((len(one.total), one.count, float(one.total.trace())), [])
-        same = next((other for other in like if torch.equal(other.total, one.total)), None)
-        if same is None:
-            like.append(one)
-        result[module] = same or one
-    return result
 
 
 # Updates as their inputs see them ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 import time
@@ -195,6 +196,7 @@ class Objective:
 
     def _train(self, ask: Ask) -> tuple[Trial, LoadedModel, Injection]:
         began = time.perf_counter()
+        gc.collect()  # a model and its injection hold each other: without this the last trainings' models pile up
         loaded = self._load(ask.seed)
         injection = self._inject(ask, loaded)
         config = replace(

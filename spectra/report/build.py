@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spectra.report.directions import Budget, Directions, Share, bands, find_directions, spaced
+from spectra.report.directions import Budget, Directions, Share, bands, find_directions
 from spectra.report.flags import Flag, find_flags
 from spectra.report.rows import FAILURES, Interval, RunLike, TensorRow, pooled, read_rows
 from spectra.report.tables import Group, HeatMap, by_layer, by_role, heat_maps, rounding_share
@@ -243,7 +243,7 @@ def _tensor(row: TensorRow, directions: Directions | None) -> dict[str, Any]:
     if directions is not None and row.position in directions.matrices:
         advice = directions.matrices[row.position]
         held["advice"] = {name: _bounds(band) for name, band in bands(advice).items()}
-        held["advice"]["said"] = spaced(advice.verdict)
+        held["advice"]["said"] = advice.verdict
     return held
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -129,22 +128,6 @@ def at_least(interval: Interval) -> str:
         return f"{low} or more"
     high = grouped(round(interval.high))
     return low if low == high else f"{low}–{high}"
-
-
-def spaced(text: str) -> str:
-    r"""Return a sentence of the advice with its percentages as the rest of the report writes them.
-
-    Parameters
-    ----------
-    text : str
-        Any text.
-
-    Examples
-    --------
-    >>> spaced("90% of the energy")
-    '90\xa0% of the energy'
-    """
-    return re.sub(r"(\d)%", "\\1\xa0%", text)
 
 
 def bands(advice: Advice) -> dict[str, Interval]:

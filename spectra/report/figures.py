@@ -143,10 +143,10 @@ def _budgets(found: Directions) -> Drawing:
     figure = Figure(figsize=(7.0, 3.6), layout="constrained")
     found.model.plot.budgets(ax=figure.subplots())
     caption = (
-        "What a budget of parameters leaves of all updates together, ‖Δ − Δᵣ‖ / ‖Δ‖: spent on one rank everywhere "
-        "(equal ranks, written beside the upper curve) and spent where directions help most (best ranks). A shaded "
-        "band, where there is one, is the certified interval of truncated spectra; the dotted line is then what no "
-        "ranks can go below."
+        "What a budget of parameters leaves of all updates together, ‖Δ\xa0−\xa0Δᵣ‖\xa0/\xa0‖Δ‖: spent on one rank "
+        "everywhere (equal ranks, written beside the upper curve) and spent where directions help most (best ranks). A "
+        "shaded band, where there is one, is the certified interval of truncated spectra; the dotted line is then what "
+        "no ranks can go below."
     )
     return finished("budgets", "Error against parameters", caption, figure)
 

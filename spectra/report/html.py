@@ -81,7 +81,7 @@ def render(template: str, *, style: str, script: str, **values: Any) -> str:
     Parameters
     ----------
     template : str
-        Its path inside `spectra.report`.
+        Its path, as `source` takes it.
     style, script : str
         As `style_of` and `script_of` put them together.
     **values
@@ -110,8 +110,19 @@ def script_of(own: str) -> str:
     own : str
         Path of a report's own script inside `spectra.report`.
     """
-    names = ("shared/text.js", "shared/table.js", "shared/panel.js", "shared/plots.js", own, "shared/reader.js")
-    return '(() => {\n"use strict";\n' + "\n".join(source(name) for name in names) + "})();\n"
+    shared = ("shared/text.js", "shared/table.js", "shared/panel.js", "shared/plots.js")
+    return scoped(*shared, own, "shared/reader.js", "shared/theme.js")
+
+
+def scoped(*names: str) -> str:
+    """Return a script of several files, in a scope that nothing else sees.
+
+    Parameters
+    ----------
+    *names : str
+        Their paths, as `source` takes them.
+    """
+    return '(() => {\n"use strict";\n' + "\n".join(map(source, names)) + "})();\n"
 
 
 @cache
@@ -121,9 +132,10 @@ def source(name: str) -> str:
     Parameters
     ----------
     name : str
-        Path inside `spectra.report`.
+        Path inside `spectra.report`, or inside another package as ``"package:path"``.
     """
-    return resources.files("spectra.report").joinpath(name).read_text(encoding="utf-8").strip() + "\n"
+    package, _, path = name.rpartition(":")
+    return resources.files(package or "spectra.report").joinpath(path).read_text(encoding="utf-8").strip() + "\n"
 
 
 def short(ref: str) -> str:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from spectra.advice import LABELS, Advice
 from spectra.report.build import ReportData, certificate_words
-from spectra.report.directions import bands, spaced
+from spectra.report.directions import bands
 from spectra.report.drawing import Drawing, inline
 from spectra.report.glossary import GENERAL, TERMS
 from spectra.report.html import Line, line, render, script_of, short, style_of
@@ -83,7 +83,7 @@ def payload(data: ReportData) -> dict[str, Any]:
             {"key": t.key, "label": t.label, "kind": t.kind, "reading": t.reading}
             for t in TERMS
         ],
-        "criteria": [spaced(label) for label in LABELS.values()],
+        "criteria": list(LABELS.values()),
         "rows": [_row(row, data, grids) for row in data.rows],
         "grids": [list(grid) for grid in grids],
     }  # fmt: skip
@@ -117,7 +117,7 @@ def _advice(advice: Advice) -> dict[str, Any]:
     """What each criterion says, in the order of the page's list of them, and why those are silent that are."""
     held = {"bands": [_ends(band) if band.known else None for band in bands(advice).values()]}
     lacking = {str(i): band.reason for i, band in enumerate(advice.bands.values()) if band.reason}
-    return held | {"lacking": lacking, "said": spaced(advice.verdict)}
+    return held | {"lacking": lacking, "said": advice.verdict}
 
 
 def _ends(interval: Interval) -> Any:

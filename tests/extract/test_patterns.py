@@ -67,6 +67,7 @@ def test_saved_modules_are_wrapped_as_peft_wraps_them(modules: set[str], data: s
     names, wrapped, refused = saved_modules(wanted, [], modules, targets)
     assert set(wrapped) == {path for path in modules if any(path.endswith(name) for name in names)}
     kept = {path for path in wanted if any(f"{path}.".startswith(f"{module}.") for module in wrapped)}
+    assert not any(one != other and one.startswith(f"{other}.") for one in wrapped for other in wrapped)
     assert wanted <= kept | set(refused)  # what stands inside a wrapped module is saved with it
     for target in targets:
         assert not any(re.match(rf"(^|.*\.){name}($|\..*)", target) for name in names)
@@ -76,3 +77,12 @@ def test_saved_modules_are_wrapped_as_peft_wraps_them(modules: set[str], data: s
 def test_a_forced_head_takes_what_stands_in_it() -> None:
     modules = ["classifier", "classifier.dense", "h.q"]
     assert saved_modules(["classifier.dense"], ["classifier"], modules, ["h.q"]) == (["classifier"], ["classifier"], {})
+
+
+def test_a_module_that_holds_one_saved_by_itself_is_refused() -> None:
+    """PEFT wraps h.norm.alpha for `alpha`; wrapping h.norm too would put one wrapper into another."""
+    modules = ["alpha", "h", "h.norm", "h.norm.alpha", "norm", "q"]
+    names, wrapped, refused = saved_modules(["alpha", "norm"], [], modules, ["q"])
+    assert (names, wrapped) == (["alpha"], ["alpha", "h.norm.alpha"])
+    assert refused == {"norm": "h.norm.alpha, inside a module that PEFT would take for it, is saved by itself"}
+    assert saved_modules(["head"], ["head.out"], ["head", "head.out", "q"], ["q"])[2].keys() == {"head"}

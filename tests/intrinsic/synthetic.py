@@ -10,7 +10,7 @@ import numpy as np
 
 from spectra.errors import TrainingError
 from spectra.intrinsic.result import IntrinsicDimension
-from spectra.intrinsic.search import SearchConfig, search
+from spectra.intrinsic.searching import SearchConfig, search
 from spectra.intrinsic.trial import Ask, Trial
 
 

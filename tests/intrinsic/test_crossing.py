@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectra.intrinsic.crossing import bracket, crossing, first_reach, isotonic, levels, target_of
-from spectra.intrinsic.search import SearchConfig
+from spectra.intrinsic.searching import SearchConfig
 from tests.intrinsic.synthetic import Synthetic, found
 
 values = st.lists(st.tuples(st.integers(-50, 50), st.integers(1, 5)), min_size=1, max_size=9)

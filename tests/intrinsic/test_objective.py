@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from spectra.errors import UsageError
 from spectra.intrinsic.objective import Objective
-from spectra.intrinsic.search import SearchConfig, search
+from spectra.intrinsic.searching import SearchConfig, search
 from spectra.intrinsic.trial import Ask
 from spectra.methods import load_adapter
 from spectra.train.config import TrainConfig

@@ -13,7 +13,7 @@ import pytest
 
 from spectra.errors import MismatchError, UsageError
 from spectra.intrinsic.result import CSV, JSON, IntrinsicDimension
-from spectra.intrinsic.search import SearchConfig
+from spectra.intrinsic.searching import SearchConfig
 from tests.intrinsic.synthetic import Synthetic, failing, found
 
 

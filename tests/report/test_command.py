@@ -217,7 +217,7 @@ def test_an_adapter_beside_the_report(
     assert record["totals"]["matrices_energy_kept"] >= 0.9
     shares = json.loads((out / "summary.json").read_text())["directions"]["shares"]
     assert record["totals"]["factor_parameters"] == next(s for s in shares if s["share"] == 0.9)["global_parameters"]
-    assert "adapter: the fewest parameters that keep 90% of the energy of the whole model" in text
+    assert "adapter: the fewest parameters that keep 90\xa0% of the energy of the whole model" in text
     assert str(adapter / "adapter_model.safetensors") in text
     assert text.index("report.html") < text.index("adapter:")
 

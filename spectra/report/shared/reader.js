@@ -35,13 +35,3 @@ document.addEventListener("keydown", (event) => {
     order[at]?.querySelector(".open").focus();
   }
 });
-const root = document.documentElement;
-const systemDark = window.matchMedia("(prefers-color-scheme: dark)");
-const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : systemDark.matches);
-const nameTheme = () => { $("theme").textContent = isDark() ? "Light" : "Dark"; };
-$("theme").addEventListener("click", () => {
-  root.dataset.theme = isDark() ? "light" : "dark"; // kept in this page's memory alone
-  nameTheme();
-});
-systemDark.addEventListener("change", nameTheme);
-nameTheme();

@@ -12,7 +12,7 @@ from spectra.errors import JournalBusy, JournalError, MismatchError, TrainingErr
 from spectra.intrinsic.journal import NAME, TrialJournal
 from spectra.intrinsic.rates import RateLadder
 from spectra.intrinsic.result import CSV, JSON
-from spectra.intrinsic.search import SearchConfig, search
+from spectra.intrinsic.searching import SearchConfig, search
 from spectra.intrinsic.trial import Ask, Trial, subspace_trials
 from tests.intrinsic.synthetic import Synthetic, failing, found
 
