@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pyth
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow bench fuzz lint types format clean
+.PHONY: help demo test test-slow bench notebooks fuzz lint types format clean
 
 help: ## say what each command does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ test-slow: $(VENV)/.ready-dev ## the tests that take minutes
 
 bench: $(VENV)/.ready-dev $(RIVALS)/.ready $(MERGEKIT)/.ready ## timings against named rivals, each beside its accuracy (15 minutes, 7 GB of disk)
 	$(BIN)/python -m tests.benchmarks
+
+notebooks: $(VENV)/.ready-dev ## run every notebook from its text, and write it without its outputs
+	$(BIN)/jupytext --to ipynb notebooks/*.py
+	$(BIN)/python -m pytest tests/test_notebooks.py -q
 
 fuzz: $(VENV)/.ready-dev ## 200 000 mangled file headers, 50 000 mangled indexes
 	PYTHONPATH=. $(BIN)/python tests/checkpoints/test_headers_fuzz.py 200000 50000

@@ -10,27 +10,29 @@ The second task is B. Pang and L. Lee's Subjectivity Dataset v1.0 (2004), as a t
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 
+from spectra.intrinsic.config import SearchConfig
 from spectra.intrinsic.objective import Objective
-from spectra.intrinsic.searching import SearchConfig, search
+from spectra.intrinsic.result import IntrinsicDimension
+from spectra.intrinsic.searching import search
 from spectra.intrinsic.trial import Ask, Trial
 from spectra.train.config import TrainConfig
 from spectra.train.data import load_task
 
-RESULT = Path(__file__).parent / "results" / "intrinsic.json"
+RESULTS = Path(__file__).parent / "results" / "intrinsic"
 KINDS = ("did/fastfood", "said/fastfood", "did/lora", "did/gradient")
 
 
 def searched(
     task_name: str, kind: str, runs: Path, references: dict[Ask, Trial], flags: dict[str, Any]
-) -> dict[str, Any]:
-    """One search, as its result tells it."""
+) -> tuple[str, IntrinsicDimension]:
+    """One search, and what it is called."""
     structure, projection = kind.split("/")
     task = load_task(task_name)
     objective = Objective(
@@ -68,24 +70,7 @@ def searched(
         if trial.ask.kind == "full":
             references[trial.ask] = trial
     click.echo(found.sentence())
-    return {
-        "task": name,
-        "structure": structure,
-        "projection": projection,
-        "sentence": found.sentence(),
-        "verdict": found.verdict,
-        "dimension": found.dimension,
-        "low": found.low,
-        "high": found.high,
-        "full": found.full,
-        "full_low": found.full_low,
-        "full_high": found.full_high,
-        "target": found.target,
-        "baseline": found.baseline,
-        "curve": [list(point) for point in found.curve],
-        "trials": [asdict(trial) for trial in found.trials],
-        "config": dict(found.config),
-    }
+    return f"{name}-{structure}-{projection}", found
 
 
 @click.command()
@@ -96,19 +81,16 @@ def searched(
 @click.option("--length", default=32, show_default=True)
 @click.option("--held-out", default=1000, show_default=True)
 @click.option("--seeds", default=3, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=RESULT, show_default=True, help="The result.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="Folder of results.")
 def main(tasks: tuple[str, ...], kinds: tuple[str, ...], runs: Path, out: Path, **flags: Any) -> None:
-    """Search every task by every kind of subspace and add what is found to the result."""
+    """Search every task by every kind of subspace, a result each."""
     for task in tasks:
         references: dict[Ask, Trial] = {}
         for kind in kinds:
-            row = searched(task, kind, runs, references, flags)
-            rows = json.loads(out.read_text("utf-8")) if out.exists() else []
-            key = ("task", "structure", "projection")
-            rows = [old for old in rows if any(old[name] != row[name] for name in key)]
-            rows = sorted([*rows, row], key=lambda entry: [entry[name] for name in key])
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+            name, found = searched(task, kind, runs, references, flags)
+            with tempfile.TemporaryDirectory() as folder:
+                out.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(found.save(folder), out / f"{name}.json")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def command(**flags: Any) -> int:
 
     All weights move as theta_0 + P x, and only the d numbers x are trained. Full fine-tuning is trained first, then
     dimensions are tried, four times apart until they enclose the target, halved between, and with several seeds
-    where it is decided. Learning rates are chosen by short pilots; what is hopeless half-way is given up.
+    where it is decided. Learning rates are chosen by short pilots; what is hopeless after three quarters is given up.
 
     DIR then holds intrinsic.html, the same as figures/ and intrinsic.json, trials.csv with one line a training, and
     of the smallest dimension that reached the target the model (model/, for transformers and spectra.report) and

@@ -207,11 +207,11 @@ class Objective:
         )
         losses: list[float] = []
         metric, stopped = math.nan, False
-        steps = cast(Generator[Step, None, None], train(loaded.model, self._stream(ask, loaded), config))
+        steps = cast(Generator[Step, None, None], train(loaded.model, self._stream(ask.seed, loaded), config))
         with closing(steps):
             for step in steps:
                 losses.append(step.loss)
-                if ask.give_up_below is not None and step.number == ask.steps // 2:
+                if ask.give_up_below is not None and step.number == ask.steps * 3 // 4:
                     metric = self._measure(loaded.model)
                     stopped = metric < ask.give_up_below
                 if stopped or step.number == ask.steps:
@@ -225,19 +225,25 @@ class Objective:
         trial = Trial(ask, metric, loss, len(losses), stopped, round(seconds, 3), injection.trainable)
         return trial, loaded, injection
 
-    def _stream(self, ask: Ask, loaded: LoadedModel) -> Any:
+    def _stream(self, seed: int, loaded: LoadedModel) -> Any:
         """The seed's batches; texts are cut into tokens once a seed."""
-        if ask.seed not in self._stream_of:
+        if seed not in self._stream_of:
             self._stream_of = {
-                ask.seed: batches(self._task, loaded.tokenizer, size=self._batch, length=self._length, seed=ask.seed)
+                seed: batches(self._task, loaded.tokenizer, size=self._batch, length=self._length, seed=seed)
             }
-        return self._stream_of[ask.seed]
+        return self._stream_of[seed]
 
-    def _gradients(self, ask: Ask, loaded: LoadedModel) -> dict[str, torch.Tensor] | None:
-        """Mean gradient of the first batches at the start, by parameter; None for projections that ask for none."""
-        if self._method.projection != "gradient":
-            return None
-        model, stream = loaded.model, self._stream(ask, loaded)
+    def first_gradients(self, loaded: LoadedModel, *, seed: int) -> dict[str, torch.Tensor]:
+        """Mean gradient of a seed's first batches at a model's weights as they are, by parameter.
+
+        Parameters
+        ----------
+        loaded : LoadedModel
+            Left as it was.
+        seed : int
+            Of the order of texts.
+        """
+        model, stream = loaded.model, self._stream(seed, loaded)
         mode = model.training
         model.eval()  # without dropout: the gradient of the loss itself
         for number in range(_FIRST):
@@ -246,6 +252,9 @@ class Objective:
         found = dict(_taken(model))
         model.train(mode)
         return found
+
+    def _gradients(self, ask: Ask, loaded: LoadedModel) -> dict[str, torch.Tensor] | None:
+        return self.first_gradients(loaded, seed=ask.seed) if self._method.projection == "gradient" else None
 
 
 def _taken(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -132,7 +132,7 @@ def cost(found: IntrinsicDimension) -> str:
     """
     runs, seconds = float(found.config.get("runs", 0)), float(found.config.get("seconds", 0))
     given_up = sum(trial.stopped for trial in found.trials)
-    told = f", {given_up} of them given up half-way" if given_up else ""
+    told = f", {given_up} of them given up at three quarters" if given_up else ""
     return (
         f"{counted(len(found.trials), 'training')}{told}: the steps of {number(runs)} whole ones, "
         f"{number(seconds / 60)} minutes."

@@ -63,8 +63,8 @@ def accuracy_against_dimension(ax: Axes, result: IntrinsicDimension) -> None:
     _levels(ax, result)
     _crossing(ax, result)
     _dots(ax, [t for t in shown if not t.stopped], bottom, marker="o", label="one training")
-    _dots(ax, [t for t in shown if t.stopped], bottom, marker="x", label="given up half-way")
-    # Where one training stopped half-way the mean is no mean of trained models; the line still says where it lies.
+    _dots(ax, [t for t in shown if t.stopped], bottom, marker="x", label="given up")
+    # Where one training stopped early the mean is no mean of trained models; the line still says where it lies.
     curve = [(d, mean) for d, mean, *_ in result.curve if math.isfinite(mean)]
     if curve:
         ax.plot(*zip(*curve, strict=True), color=SERIES[0], linewidth=1.4, label="mean")
@@ -150,7 +150,7 @@ def _caption(result: IntrinsicDimension) -> str:
     if result.head is not None:
         parts.append("The head alone is what training none of the model's own weights reaches.")
     if any(t.stopped for t in result.trials):
-        parts.append("Crosses were given up half-way, since they could not reach the target.")
+        parts.append("Crosses were given up at three quarters of their steps, far below the target.")
     return " ".join(parts)
 
 

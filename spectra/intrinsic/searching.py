@@ -31,10 +31,10 @@ __all__ = ["SearchConfig", "search"]
 
 _STRIDE = 4  # from a start that is wrong by a factor of 1 000 five trainings bracket; by twos it would be ten
 
-# A training that has covered less than this share of the way to the target at half of its steps is given up. If it
-# gains no faster later than before, as training does, it ends below twice the share; so one that is lost by mistake
-# must gain more than three quarters in its second half. It is not lost for good: the ends of the final bracket are
-# trained to their end.
+# A training that has covered less than this share of the way to the target at three quarters of its steps is given up:
+# it would have to gain three times as much in the last quarter as in the first three. Half of the steps would save
+# more, but trainings that begin on a plateau know nothing then: MiniLM on rotten-tomatoes stood at .57 there and ended
+# at .73. It is not lost for good either: the ends of the final bracket are trained to their end.
 _HOPELESS = 0.25
 
 

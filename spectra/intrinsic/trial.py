@@ -31,7 +31,7 @@ class Ask:
     schedule_steps : int
         Length of the schedule that they belong to; a pilot does the first `steps` of it.
     give_up_below : float or None
-        With a held-out metric below this at half of its steps a training stops: it is hopeless.
+        With a held-out metric below this at three quarters of its steps a training stops: it is hopeless.
 
     Examples
     --------
@@ -86,7 +86,7 @@ class Trial:
 
     @property
     def given_up(self) -> bool:
-        """Whether it was stopped as hopeless: its metric is that of half of a training."""
+        """Whether it was stopped as hopeless: its metric is that of three quarters of a training."""
         return self.stopped and not self.failed and self.ask.give_up_below is not None
 
     @property

@@ -14,7 +14,7 @@ import torch
 from spectra.errors import UsageError
 
 # Exponents of the factors' orders: larger ones cost additions, more of them cost passes over memory. Orders up to 32
-# are one factor; above, 16 was the fastest of 4 … 256 on two cores with AVX-512.
+# are one factor; above, 16 was the fastest of 4 … 256 on two cores with AVX-512, and 32 for a vector by itself.
 _LARGEST = 4
 _ALONE = 5
 
@@ -127,7 +127,7 @@ def _products(x: torch.Tensor, axis: int) -> Iterator[tuple[torch.Tensor, int, i
     """Factors H_i of the transform, each with the numbers of entries before and behind its own axis."""
     n, before, after = x.shape[axis], x.shape[:axis].numel(), x.shape[axis + 1 :].numel()
     done = 1
-    for exponent in factor_exponents(n.bit_length() - 1):
+    for exponent in factor_exponents(n.bit_length() - 1, alone=before == after == 1):
         order = 1 << exponent
         yield hadamard_matrix(order, x.dtype, x.device), before * done, n // (done * order) * after
         done *= order
@@ -157,15 +157,23 @@ def hadamard_matrix(order: int, dtype: torch.dtype = torch.float32, device: torc
     return found
 
 
-def factor_exponents(exponent: int) -> list[int]:
+def factor_exponents(exponent: int, *, alone: bool = False) -> list[int]:
     """Exponents of the factors of a transform of 2^exponent, the smaller ones first, where a product is longest.
+
+    Parameters
+    ----------
+    exponent : int
+        At least 0.
+    alone : bool
+        Whether it is of one vector: what calls cost counts then, and not what additions do.
 
     Examples
     --------
-    >>> factor_exponents(13), factor_exponents(5), factor_exponents(0)
-    ([1, 4, 4, 4], [5], [])
+    >>> factor_exponents(13), factor_exponents(13, alone=True), factor_exponents(5), factor_exponents(0)
+    ([1, 4, 4, 4], [3, 5, 5], [5], [])
     """
     if exponent <= _ALONE:
         return [exponent] if exponent else []
-    count = -(-exponent // _LARGEST)
-    return sorted([exponent - _LARGEST * (count - 1), *[_LARGEST] * (count - 1)])
+    largest = _ALONE if alone else _LARGEST
+    count = -(-exponent // largest)
+    return sorted([exponent - largest * (count - 1), *[largest] * (count - 1)])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import resource
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -46,7 +47,8 @@ def fastfood(rounds: int = 7) -> Iterator[Row]:
             return butterfly(butterfly(padded))
 
         ours, plain, loop = in_turn(both, copy, butterflies, rounds=rounds)
-        there = float(sum((a.double() * b.double()).sum() for a, b in zip(out, forward(projection, x), strict=True)))
+        images = forward(projection, x)
+        there = sum(float(((a + b).double() * b.double()).sum()) for a, b in zip(theta, images, strict=True))
         apart = abs(ours.result - there) / abs(there)
         memory = int(subprocess.check_output([sys.executable, "-c", _MEMORY, str(dimension)], text=True)) / (4 * total)
         told = f"⟨Px, y⟩ and ⟨x, Pᵀy⟩ agree to {apart:.0e} (≤ 1e-6); memory beyond the parameters {memory:.2f} D floats"
@@ -92,11 +94,11 @@ def beyond(dimension: int) -> int:
     """Bytes by which a pass there and back raises the process's peak above parameters and result."""
     shapes = [tuple(parameter.shape) for parameter in classifier().parameters()]
     theta = [torch.randn(shape) for shape in shapes]
-    projection = FastfoodProjection(shapes, dimension=dimension, seed=0)
     x = torch.randn(dimension)
-    warm = FastfoodProjection([(64, 64)], dimension=dimension if dimension < 4096 else 64, seed=0)
-    warm.adjoint(torch.ones(64, 64), 0)
+    (torch.ones(64, 64) @ torch.ones(64, 64)).sum()  # the matrix product's own memory is there already
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here (Linux)
     before = _peak()
+    projection = FastfoodProjection(shapes, dimension=dimension, seed=0)
     for piece, start in enumerate(theta):
         projection.add(x, piece, start)
         projection.adjoint(start, piece)
@@ -104,4 +106,6 @@ def beyond(dimension: int) -> int:
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident set, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status).group(1))  # type: ignore[union-attr]  # Linux has it

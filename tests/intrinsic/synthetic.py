@@ -55,7 +55,7 @@ class Synthetic:
         metric = mean + float(random.normal()) * (self.noise if ask.kind == "subspace" else self.full_noise)
         half = self.base if self.late else self.base + 0.6 * (metric - self.base)
         if ask.give_up_below is not None and half < ask.give_up_below:
-            return Trial(ask, half, 0.5, ask.steps // 2, True, seconds / 2, 1)
+            return Trial(ask, half, 0.5, ask.steps * 3 // 4, True, 0.75 * seconds, 1)
         return Trial(ask, metric, 1.0 - metric, ask.steps, False, seconds, 1)
 
 

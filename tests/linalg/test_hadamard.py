@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -54,8 +56,8 @@ def test_gradients() -> None:
 
 def test_factors() -> None:
     """Orders multiply to n, none above 32."""
-    for exponent in range(21):
-        found = factor_exponents(exponent)
+    for exponent, alone in itertools.product(range(21), (False, True)):
+        found = factor_exponents(exponent, alone=alone)
         assert sum(found) == exponent
         assert all(1 <= each <= 5 for each in found)
         assert found == sorted(found)
