@@ -24,7 +24,7 @@ from spectra.train.data import load_task
 from spectra.train.models import load_model, quietly
 
 RESULT = Path(__file__).parent / "results" / "captured.json"
-DIMENSIONS = (64, 256, 1024, 4096, 16384)
+DIMENSIONS = (64, 256, 1024, 4096)
 RANDOM = ("fastfood", "kronecker", "lora")
 
 

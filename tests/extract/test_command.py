@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shlex
@@ -37,6 +38,19 @@ def test_verdict_and_files(pair: tuple[str, str], out: str, capsys: pytest.Captu
     assert "keeps" in told.out
     assert all(str(path) in told.out for path in Path(out).iterdir())
     assert "error" not in told.err
+
+
+def test_a_program_that_has_torch_keeps_its_garbage_collector(pair: tuple[str, str], out: str) -> None:
+    """A process of the command's own takes its modules out of the collector's sight; any other is left as it is."""
+    before = gc.get_freeze_count()
+    assert main([*pair, "--out", out, "--rank", "2"]) == 0
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, before)
+    told = (
+        "import gc, sys; from spectra.extract.__main__ import main; main(sys.argv[1:]); "
+        "print(gc.isenabled(), gc.get_freeze_count() > 100_000)"
+    )
+    words = [sys.executable, "-c", told, *pair, "--out", out, "--rank", "2"]
+    assert subprocess.run(words, check=True, capture_output=True, text=True).stdout.endswith("True True\n")
 
 
 def test_the_card_tells_the_command_that_made_it(pair: tuple[str, str], out: str, tmp_path: Path) -> None:

@@ -317,3 +317,22 @@ def test_head_of_other_labels_is_saved(pair: tuple[Path, Path], tmp_path: Path) 
         assert torch.equal(stored["base_model.model.score.weight"], tuned["score.weight"])
         row = next(row for row in adapter.tensors if row["name"] == "score.weight")
         assert (row["treatment"], row["norm"], row["parameters"]) == ("whole", None, 72)
+
+
+def test_norms_of_what_is_saved_whole(tmp_path: Path) -> None:
+    """‖Δ‖ from blocks, in float64 where either side is; a NaN keeps its tensor out and is told."""
+    dtypes = {"n0": (torch.bfloat16, torch.float32), "n1": (torch.float64, torch.float32), "n2": (torch.float32,) * 2}
+    base, tuned = {"q.weight": torch.zeros(6, 4)}, {"q.weight": torch.ones(6, 4)}
+    for i, (name, (old, new)) in enumerate(dtypes.items()):
+        generator = torch.Generator().manual_seed(i)
+        base[f"{name}.weight"] = torch.randn(50, generator=generator).to(old)
+        tuned[f"{name}.weight"] = torch.randn(50, generator=generator).to(new)
+    base["bad.weight"], tuned["bad.weight"] = torch.ones(5), torch.full((5,), math.nan)
+    found = extract(save_tensors(tmp_path / "b", base), save_tensors(tmp_path / "t", tuned), out=tmp_path / "o", rank=1)
+    rows = {row["module"]: row for row in found.tensors}
+    for name in dtypes:
+        exact = float((tuned[f"{name}.weight"].double() - base[f"{name}.weight"].double()).norm())
+        # A difference in float32 is rounded by half an ulp of itself.
+        assert rows[name]["norm"] == pytest.approx(exact, rel=1e-7 if name != "n1" else 1e-14)
+        assert rows[name]["treatment"] == "whole"
+    assert rows["bad"]["treatment"] == "nonfinite"
