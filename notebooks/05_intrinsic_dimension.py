@@ -66,12 +66,13 @@ moved / float(core.coordinates.norm())
 # %% [markdown]
 # ## The search
 #
-# `python -m spectra.intrinsic --task rotten-tomatoes --structure said --out d90/` trains the reference, brackets d90,
-# bisects, and repeats with seeds what decides. Here is what it found (`analyses/intrinsic.py`, 100 steps a training):
+# `python -m spectra.intrinsic --task subjectivity.tsv --structure said --out d90/` trains the reference, brackets
+# d90, bisects, and repeats with seeds what decides. Here is what it found on Pang and Lee's subjectivity sentences,
+# 100 steps a training (`analyses/intrinsic.py`):
 
 # %%
 results = Path("../analyses/results/intrinsic")
-found = IntrinsicDimension.load(results / "rotten-tomatoes-said-fastfood.json")
+found = IntrinsicDimension.load(results / "subjectivity-said-fastfood.json")
 found
 
 # %%

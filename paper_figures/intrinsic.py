@@ -33,7 +33,7 @@ def main() -> None:
             ax = axes[tasks.index(str(one.config["task"])), kinds.index(kind)]
             ax.set_axis_on()
             accuracy_against_dimension(ax, one)
-            ax.set_title(f"{one.config['task']}, {kind[0].upper()} with {kind[1]}", pad=28)
+            ax.set_title(f"{one.config['task']}, {kind[0].upper()} with {kind[1]}", pad=6)
         for suffix, extra in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
             figure.savefig(HERE / f"intrinsic.{suffix}", metadata=extra, dpi=110, facecolor="white")
 

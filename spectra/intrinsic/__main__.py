@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spectra.command import printable, run, say
+from spectra.report.text import grouped
 from spectra.train.__main__ import parse_list
 
 if TYPE_CHECKING:
@@ -20,7 +22,10 @@ if TYPE_CHECKING:
     from spectra.intrinsic.searching import SearchConfig
 
 NAME = "python -m spectra.intrinsic"
-_SEARCH = ("share", "above_chance", "seeds", "seed", "start", "largest", "ratio", "runs", "minutes", "steps")
+KEPT = "kept.json"
+_SEARCH = (
+    "share", "above_chance", "seeds", "seed", "start", "largest", "ratio", "runs", "minutes", "steps", "learning_rate",
+)  # fmt: skip
 
 
 def parse_numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
@@ -93,8 +98,8 @@ def command(**flags: Any) -> int:
 
     DIR then holds intrinsic.html, the same as figures/ and intrinsic.json, trials.csv with one line a training, and
     of the smallest dimension that reached the target the model (model/, for transformers and spectra.report) and
-    its d numbers with their seed (subspace/). Every finished training stands in a journal: give an interrupted
-    command again, and it goes on.
+    its d numbers with their seed (subspace/); kept.json says of which training. Every finished training stands in a
+    journal: give an interrupted command again, and it goes on.
 
     \b
     Directions:
@@ -176,7 +181,7 @@ def command(**flags: Any) -> int:
 
 
 def _whole(number: float) -> int:
-    if number != int(number):
+    if not number.is_integer():  # nor NaN, nor infinity
         raise click.UsageError(f"--dimensions: {number:g} is no whole number.")
     return int(number)
 
@@ -228,11 +233,8 @@ def _conclude(
     out = Path(flags["out"])
     written = [found.save(out), out / "trials.csv", *write_page(found, out)]
     best = smallest_that_reached(found) if flags["keep_model"] else None
-    if best is not None and not ((out / "model").exists() and flags["resume"]):
-        dimension, seed, rate = best
-        line(f"training d = {dimension:,}, seed {seed}, once more to keep its model")
-        objective.save(dimension, seed=seed, learning_rate=rate, steps=flags["steps"], folder=out)
-    written += [path for path in (out / "model", out / "subspace") if path.exists()]
+    if best is not None:
+        written += _keep(objective, best, flags, line)
     err = bool(flags["as_json"])
     say(printable(found.sentence()), err=err)
     say(printable("\n".join(_table(found))), err=err)
@@ -241,19 +243,49 @@ def _conclude(
         say(json.dumps(json.loads(written[0].read_text("utf-8")), indent=1, ensure_ascii=False))
 
 
+def _keep(
+    objective: Objective, best: tuple[int, int, float], flags: dict[str, Any], line: Callable[[str], None]
+) -> list[Path]:
+    """Leave the model of a training in DIR, unless it is there already; the record of what it is comes last.
+
+    Without that record a model in DIR is half written, or of a search that has gone on to another dimension since.
+    """
+    from spectra.report.files import write_atomically
+
+    out, (dimension, seed, rate) = Path(flags["out"]), best
+    record = out / KEPT
+    wanted = {**objective.describe(), "dimension": dimension, "seed": seed, "learning_rate": rate}
+    text = json.dumps({**wanted, "steps": flags["steps"]}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    folders = (out / "model", out / "subspace")
+    before = record.read_text("utf-8") if record.exists() else None
+    if before != text or not flags["resume"] or not folders[0].exists():
+        if before is not None:  # then the folders are this command's own
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+            record.unlink()
+        line(f"training d = {grouped(dimension)}, seed {seed}, once more to keep its model")
+        objective.save(dimension, seed=seed, learning_rate=rate, steps=flags["steps"], folder=out)
+        write_atomically(record, text.encode())
+    return [*(folder for folder in folders if folder.exists()), record]
+
+
 def smallest_that_reached(found: IntrinsicDimension) -> tuple[int, int, float] | None:
-    """Dimension, seed and learning rate of the smallest training that reached the target; None where none did.
+    """Dimension, seed and learning rate of the training whose model is kept; None where none reached the target.
+
+    The dimension is the smallest whose mean over seeds reached it: a single lucky seed of a smaller one would say that
+    fewer numbers are enough than the curve does. The seed is the first that reached it there.
 
     Parameters
     ----------
     found : IntrinsicDimension
         What a search found.
     """
+    enough = {point.dimension for point in found.curve if point.mean >= found.target}
     reached = [
         (trial.ask.dimension, trial.ask.seed, trial.ask.learning_rate)
         for trial in found.trials
         if trial.ask.kind == "subspace"
-        and trial.ask.dimension is not None
+        and trial.ask.dimension in enough
         and trial.ask.learning_rate is not None
         and not trial.stopped
         and trial.metric >= found.target
@@ -265,7 +297,7 @@ def _table(found: IntrinsicDimension) -> list[str]:
     if not found.curve:
         return []
     rows = [
-        (f"{point.dimension:,}", f"{point.mean:.3f}", str(point.seeds), f"{point.learning_rate or 0:.2g}")
+        (grouped(point.dimension), f"{point.mean:.3f}", str(point.seeds), f"{point.learning_rate or 0:.2g}")
         for point in found.curve
     ]
     head = ("d", found.metric_name, "seeds", "learning rate")

@@ -133,7 +133,7 @@ class TrialJournal:
         os.truncate(self.path, len(whole))
         try:
             trials = [Trial.from_record(record) for record in records]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise JournalError(f"{self.path} holds a line that is no training: {error}; use --no-resume") from error
         return {trial.ask: trial for trial in trials}
 
@@ -141,7 +141,7 @@ class TrialJournal:
         lines = whole.splitlines()
         try:
             return [json.loads(line) for line in lines]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise JournalError(f"{self.path} is damaged: {error}; use --no-resume, or give another --out") from error
 
     def _append(self, record: Mapping[str, Any]) -> None:

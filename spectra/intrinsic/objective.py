@@ -104,9 +104,11 @@ class Objective:
             raise UsageError(f"{model}: a {task.kind} task has no fresh head that could train freely")
         shapes, names = [], []
         for name, parameter in loaded.model.named_parameters():
-            if parameter.is_floating_point() and not self._is_free(name, loaded):
+            module = name.rpartition(".")[0]
+            moves = module and self._method.accepts(loaded.model.get_submodule(module))
+            if moves and parameter.is_floating_point() and not self._is_free(name, loaded):
                 shapes.append(tuple(parameter.shape))
-                names.append(name.rpartition(".")[0])
+                names.append(module)
         self.total = sum(math.prod(shape) for shape in shapes)
         self.layers = len({layer_of(name) for name in names}) if structure == "said" else 0
         self.smallest = smallest_dimension(projection, shapes) + self.layers

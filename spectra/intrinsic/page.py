@@ -13,7 +13,7 @@ from spectra.errors import JournalError
 from spectra.intrinsic.plot import KEY, draw, metric_text
 from spectra.intrinsic.result import IntrinsicDimension
 from spectra.intrinsic.trial import Trial
-from spectra.report.drawing import inline
+from spectra.report.drawing import Drawing, inline
 from spectra.report.files import write_atomically
 from spectra.report.html import render, scoped, short, style_of
 from spectra.report.text import counted, elide, grouped, number, visible
@@ -58,26 +58,28 @@ def write_page(found: IntrinsicDimension, out: str | os.PathLike[str]) -> list[P
     figures.mkdir(parents=True, exist_ok=True)
     drawing, bitmap = draw(found)
     return [
-        write_atomically(folder / PAGE, render_page(found).encode()),
+        write_atomically(folder / PAGE, render_page(found, drawing).encode()),
         write_atomically(figures / f"{KEY}.svg", drawing.svg),
         write_atomically(figures / f"{KEY}.png", bitmap),
     ]
 
 
-def render_page(found: IntrinsicDimension) -> str:
+def render_page(found: IntrinsicDimension, drawing: Drawing) -> str:
     """Return the page.
 
     Parameters
     ----------
     found : IntrinsicDimension
         What a search found.
+    drawing : Drawing
+        Its figure, as `draw` makes it.
 
     Returns
     -------
     str
         An HTML document that is complete without any other file and without a network.
     """
-    config, (drawing, _) = found.config, draw(found)
+    config = found.config
     return render(
         "spectra.intrinsic:page.html",
         style=style_of(),
@@ -94,7 +96,7 @@ def render_page(found: IntrinsicDimension) -> str:
         cost=cost(found),
         glossary=_glossary(found),
         facts=_facts(found),
-        search=config.get("search", {}),
+        search={key: _short(value) for key, value in config.get("search", {}).items()},
         training=config.get("training", {}),
         versions=config.get("versions", {}),
     )
@@ -134,9 +136,21 @@ def cost(found: IntrinsicDimension) -> str:
     given_up = sum(trial.stopped for trial in found.trials)
     told = f", {given_up} of them given up at three quarters" if given_up else ""
     return (
-        f"{counted(len(found.trials), 'training')}{told}: the steps of {number(runs)} whole ones, "
-        f"{number(seconds / 60)} minutes."
+        f"{counted(len(found.trials), 'training')}{told}: the steps of {number(runs)} whole ones, {_duration(seconds)}."
     )
+
+
+def _duration(seconds: float) -> str:
+    """Seconds below two minutes, minutes below two hours, then hours."""
+    for unit, length, most in (("seconds", 1, 120), ("minutes", 60, 7200)):
+        if seconds < most:
+            return f"{number(seconds / length, 2)} {unit}"
+    return f"{number(seconds / 3600, 2)} hours"
+
+
+def _short(value: Any) -> Any:
+    """A setting as it is shown: the square root of two has more digits than anyone gave."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _kind(config: Mapping[str, Any]) -> str:

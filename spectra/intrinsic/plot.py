@@ -26,6 +26,8 @@ UNTRAINED = {"accuracy": "commonest label", "negative loss": "untrained"}
 _SIZE = (7.0, 4.3)  # inches
 _DPI = 200  # of the bitmap: sharp on a slide, 1400 pixels wide
 _GAP = 1.25  # line heights between two labels in the margin, as text is set
+_TICKS = 8  # numbers of seven digits that stand side by side below the axes
+_BELOW = 3.9  # font sizes from the axes down to the key: tick labels and the axis's name stand between
 
 
 def accuracy_against_dimension(ax: Axes, result: IntrinsicDimension) -> None:
@@ -53,7 +55,7 @@ def accuracy_against_dimension(ax: Axes, result: IntrinsicDimension) -> None:
     >>> ax = Figure().subplots()
     >>> accuracy_against_dimension(ax, result)
     >>> [text.get_text() for text in ax.texts]
-    ['commonest label .500', '90 % of it .720', 'full fine-tuning .800']
+    ['commonest label 0.500', '90 % of it 0.720', 'full fine-tuning 0.800']
     """
     shown = [t for t in result.trials if t.ask.kind == "subspace" and t.ask.dimension and math.isfinite(t.metric)]
     bottom, top = _metric_range(result, [t.metric for t in shown])
@@ -71,12 +73,14 @@ def accuracy_against_dimension(ax: Axes, result: IntrinsicDimension) -> None:
     ax.set_xlabel("numbers that train, d")
     ax.set_ylabel(METRICS.get(result.metric_name, result.metric_name))
     tidy(ax)
-    ax.xaxis.set_major_locator(LogLocator(base=4.0, numticks=12))  # as the search steps
+    left, right = ax.get_xlim()
+    # Powers of four, as the search steps; of two where fewer than three of those would be left.
+    ax.xaxis.set_major_locator(LogLocator(base=4.0 if right >= 64 * left else 2.0, numticks=_TICKS))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda d, _: grouped(round(d))))
     ax.xaxis.set_minor_locator(NullLocator())
     _shares(ax, result)
     if shown:
-        ax.legend(frameon=False, loc="lower right", handlelength=1.8)
+        _legend(ax)
 
 
 def name_of(share: float) -> str:
@@ -96,7 +100,7 @@ def name_of(share: float) -> str:
 
 
 def metric_text(value: float) -> str:
-    """Return a metric with three decimals, as tables print shares: without a leading zero.
+    """Return a metric with three decimals, as the sentence of a result prints it.
 
     Parameters
     ----------
@@ -106,13 +110,11 @@ def metric_text(value: float) -> str:
     Examples
     --------
     >>> metric_text(0.8066), metric_text(-1.25), metric_text(1.0), metric_text(float("nan"))
-    ('.807', '−1.250', '1.000', '–')
+    ('0.807', '−1.250', '1.000', '–')
     """
     if not math.isfinite(value):
         return "–"
-    text = f"{abs(value):.3f}"
-    sign = "−" if value < 0 and float(text) else ""
-    return sign + (text[1:] if text.startswith("0.") else text)
+    return f"{round(value, 3) + 0.0:.3f}".replace("-", "−")  # adding 0 turns −0 into 0
 
 
 def draw(result: IntrinsicDimension) -> tuple[Drawing, bytes]:
@@ -226,7 +228,7 @@ def _crossing(ax: Axes, result: IntrinsicDimension) -> None:
     # Below the line and to the right a rising curve leaves room; near the right edge, above and to the left.
     beside = math.log(result.dimension / left) < 0.62 * math.log(right / left)
     ax.annotate(
-        f"{name_of(result.share)} = {grouped(round(result.dimension))}",
+        f"{name_of(result.share)} = {grouped(round(float(f'{result.dimension:.3g}')))}",  # as the sentence says it
         (result.dimension, result.target),
         xytext=(8, -7) if beside else (-8, 6),
         textcoords="offset points",
@@ -249,6 +251,24 @@ def _dots(ax: Axes, trials: Sequence[Any], bottom: float, *, marker: str, label:
         ax.plot(at[~held], np.full(int((~held).sum()), bottom), marker="v", markersize=5, clip_on=False, **look)
 
 
+def _legend(ax: Axes) -> None:
+    """The key, below the axes: inside, lines across them would run through its words."""
+    from matplotlib import rcParams
+    from matplotlib.transforms import ScaledTranslation
+
+    figure = ax.get_figure(root=True)
+    assert figure is not None  # for the type checker: axes that are drawn on stand in a figure
+    down = ScaledTranslation(0, -_BELOW * float(rcParams["font.size"]) / 72, figure.dpi_scale_trans)
+    ax.legend(
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        bbox_transform=ax.transAxes + down,
+        ncols=4,
+        handlelength=1.8,
+    )
+
+
 def _shares(ax: Axes, result: IntrinsicDimension) -> None:
     """A second axis on top: which share of all weights d is."""
     total = result.config.get("total")
@@ -257,7 +277,9 @@ def _shares(ax: Axes, result: IntrinsicDimension) -> None:
     above = ax.secondary_xaxis(
         "top", functions=(lambda d: np.divide(d, 0.01 * total), lambda share: np.multiply(share, 0.01 * total))
     )
-    above.xaxis.set_major_locator(LogLocator(base=10, numticks=7))
+    left, right = ax.get_xlim()
+    steps = (1.0,) if right >= 100 * left else (1.0, 2.0, 5.0)  # within two decades, decades alone label too little
+    above.xaxis.set_major_locator(LogLocator(base=10, subs=steps, numticks=_TICKS))
     above.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.10f}".rstrip("0").rstrip(".") + " %"))
     above.xaxis.set_minor_locator(NullLocator())
     above.set_xlabel(f"share of the model’s {grouped(int(total))} weights")

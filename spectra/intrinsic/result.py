@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ SCHEMA = 1
 ACCURACY, NEGATIVE_LOSS = "accuracy", "negative loss"
 
 Verdict = Literal["reached", "never reached", "reached by the smallest", "reached by the head alone", "unfinished"]
+_TYPES: dict[str, type] = {"bool": bool, "int": int, "str": str, "Mapping[str, Any]": dict}
 _INTEGERS = ("dimension", "seed", "steps", "schedule_steps", "steps_done", "parameters")
 
 
@@ -181,7 +183,7 @@ class IntrinsicDimension:
             raise UsageError(
                 f"{path} cannot be read: {error.strerror}; give the folder of a finished search"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path} is damaged, it is no JSON: {error}") from error
         if not isinstance(record, dict) or "schema" not in record:
             raise UsageError(f"{path} is no intrinsic dimension: it has no schema")
@@ -190,10 +192,8 @@ class IntrinsicDimension:
         try:
             trials = tuple(Trial.from_record(trial) for trial in record["trials"])
             found = cls(**{field.name: record[field.name] for field in fields(cls)} | {"trials": trials})
-            if found.verdict not in get_args(Verdict):
-                raise ValueError(f"verdict {found.verdict!r}")
-            found.sentence()  # a text in place of a number shows here
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            found._check()
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise UsageError(f"{path} is damaged: {type(error).__name__} {error}") from error
         return found
 
@@ -211,6 +211,23 @@ class IntrinsicDimension:
             return card
         table: str = pd.DataFrame(self.curve).to_html(index=False, border=0, float_format="{:.4g}".format)
         return card + inline_svg(draw) + table
+
+    def _check(self) -> None:
+        """Raise what damage raises: of a field's type or range, of a result without a reference."""
+        for field in fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            if "float" in kind and not (value is None and "None" in kind):
+                if isinstance(value, bool) or not math.isfinite(value):
+                    raise ValueError(f"{field.name} = {value!r}")
+            elif kind in _TYPES and type(value) is not _TYPES[kind]:
+                raise TypeError(f"{field.name} = {value!r:.40}")
+        if self.verdict not in get_args(Verdict) or self.metric_name not in (ACCURACY, NEGATIVE_LOSS):
+            raise ValueError(f"verdict {self.verdict!r} of {self.metric_name!r}")
+        if not any(trial.ask.kind == "full" for trial in self.trials) or self.held_out < 1:
+            raise ValueError("no training of the reference, or no rows that it was measured on")
+        if any(point.dimension < 1 for point in self.curve):
+            raise ValueError("a dimension below 1")
+        self.sentence()
 
     # Parts of the sentence -------------------------------------------------------------------------------------
 

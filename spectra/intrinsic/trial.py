@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Kind = Literal["full", "head", "pilot", "subspace"]
 
@@ -105,7 +105,7 @@ class Trial:
 
         Raises
         ------
-        KeyError, TypeError
+        KeyError, TypeError, ValueError
             If the record is no trial's.
 
         Examples
@@ -115,8 +115,29 @@ class Trial:
         >>> Trial.from_record(trial.record()) == trial
         True
         """
-        numbers = {key: absent if record[key] is None else float(record[key]) for key, absent in _ABSENT.items()}
-        return cls(**{**record, **numbers, "ask": Ask(**record["ask"])})
+        ask = Ask(**record["ask"])
+        if ask.kind not in get_args(Kind) or (ask.dimension is None) != (ask.kind in ("full", "head")):
+            raise ValueError(f"kind {ask.kind!r} with dimension {ask.dimension!r}")
+        if type(record["stopped"]) is not bool:
+            raise TypeError(f"stopped = {record['stopped']!r}")
+        whole = {"steps done": record["steps"], "parameters": record["parameters"]}
+        whole |= {name: getattr(ask, name) for name in ("dimension", "seed", "steps", "schedule_steps")}
+        real = {name: record[name] for name in (*_ABSENT, "seconds")}
+        real |= {name: getattr(ask, name) for name in ("learning_rate", "give_up_below")}
+        optional = ("dimension", "learning_rate", "give_up_below", *_ABSENT)
+        for name, value in {**whole, **real}.items():
+            if value is not None or name not in optional:
+                _check(name, value, *([int] if name in whole else [int, float]))
+        numbers = {name: absent if record[name] is None else float(record[name]) for name, absent in _ABSENT.items()}
+        return cls(**{**record, **numbers, "ask": ask})
+
+
+def _check(name: str, value: Any, *kinds: type) -> None:
+    """Raise `TypeError` or `ValueError` unless a number is of one of the types, and between −2⁶³ and 2⁶³."""
+    if type(value) not in kinds:
+        raise TypeError(f"{name} = {value!r:.40}")
+    if not -(2**63) < value < 2**63:
+        raise ValueError(f"{name} is not between −2⁶³ and 2⁶³")
 
 
 def subspace_trials(trials: Iterable[Trial]) -> dict[int, list[Trial]]:

@@ -150,10 +150,11 @@ def hadamard_matrix(order: int, dtype: torch.dtype = torch.float32, device: torc
     """
     if order < 1 or order & (order - 1):
         raise UsageError(f"a Hadamard matrix in Sylvester's order has a power of two of rows, not {order}")
-    found = torch.ones(1, 1, dtype=dtype, device=device)
-    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=dtype, device=device)
-    while len(found) < order:
-        found = torch.kron(pair, found)
+    with torch.inference_mode(False):  # it is kept, and a tensor made in that mode takes part in no gradient later
+        found = torch.ones(1, 1, dtype=dtype, device=device)
+        pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=dtype, device=device)
+        while len(found) < order:
+            found = torch.kron(pair, found)
     return found
 
 

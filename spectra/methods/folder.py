@@ -149,6 +149,12 @@ def load_adapter(
             cast(ActivationMethod, part).load_state(stored.parts.get(name, {}))
         except MismatchError as error:
             raise MismatchError(f"{root}: {name}: {error}") from error
+    core, moving = getattr(model, SUBSPACE, None), config.get("moved_parameters")
+    if isinstance(core, SubspaceCore) and moving != core.total:
+        raise MismatchError(
+            f"{root}: its numbers move {shown(moving)} parameters, and {core.total:,} of this {type(model).__name__} "
+            "would move: another model, or another vocabulary; load the one it was trained on"
+        )
     for name, tensors in stored.whole.items():
         _load_whole(model.get_submodule(name), tensors, name=name, source=root)
     for parameter in () if trainable else model.parameters():

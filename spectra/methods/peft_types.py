@@ -69,6 +69,10 @@ def method_of(config: Mapping[str, Any], tensors: Tensors, *, source: Path) -> M
 def _ours(config: Mapping[str, Any], tensors: Tensors) -> Method:
     """A method that reads its own fields; where it has none to translate they go by the names of its settings."""
     cls = getattr(spectra.methods, config[METHOD_FIELD])
+    if "dimension" in config:
+        stored = sum(tensor.numel() for held in tensors.values() for tensor in held.values())
+        if config["dimension"] != stored:
+            raise ValueError(f"it speaks of {shown(config['dimension'])} dimensions where {stored} numbers are stored")
     if hasattr(cls, "from_peft_config"):
         return cast(Method, cls.from_peft_config(config))
     if "bottleneck" in config:

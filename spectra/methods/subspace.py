@@ -89,8 +89,10 @@ class Subspace:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dimension, int) or self.dimension < 1:
+        if type(self.dimension) is not int or self.dimension < 1:
             raise UsageError(f"dimension = {self.dimension!r} must be an integer of at least 1")
+        if self.seed is not None and (type(self.seed) is not int or self.seed < 0):
+            raise UsageError(f"seed = {self.seed!r} must be an integer of at least 0")
         known = {"projection": tuple(PROJECTIONS), "structure": STRUCTURES, "head": ("subspace", "free")}
         for name, choices in known.items():
             if getattr(self, name) not in choices:
@@ -103,22 +105,27 @@ class Subspace:
 
     def attach(self, model: nn.Module, names: list[str], generator: torch.Generator) -> dict[str, nn.Module]:
         """Make every named module's parameters move with the coordinates; see `Method.attach`."""
-        places: dict[int, list[tuple[str, str]]] = {}
-        tensors: list[nn.Parameter] = []
-        known: dict[nn.Parameter, int] = {}
-        for name in names:
-            for key, parameter in model.get_submodule(name).named_parameters(recurse=False):
-                if parameter.is_floating_point():
-                    if parameter not in known:  # a tied weight is one piece with several places
-                        known[parameter] = len(tensors)
-                        tensors.append(parameter)
-                    places.setdefault(known[parameter], []).append((name, key))
+        places: dict[nn.Parameter, list[tuple[str, str]]] = {}  # a tied weight is one piece with several places
+        named = set(names)
+        others = [name for name, _ in model.named_modules() if name not in named]
+        for name in (*names, *others):
+            for key, parameter in model.get_submodule(name)._parameters.items():
+                # A module that is not named moves with what it shares, and with nothing else.
+                if parameter is not None and parameter.is_floating_point() and (name in named or parameter in places):
+                    places.setdefault(parameter, []).append((name, key))
         drawn = int(torch.randint(2**53, (), generator=generator))  # JSON's numbers are exact so far
         seed = drawn if self.seed is None else self.seed
-        core = SubspaceCore(model, tensors, list(places.values()), self, seed)
+        core = SubspaceCore(model, list(places), list(places.values()), self, seed)
         setattr(model, NAME, core)
         core.enter()
         return {name: SubspacePart(core, name, model.get_submodule(name)) for name in names}
+
+    @classmethod
+    def from_peft_config(cls, config: Mapping[str, Any]) -> Subspace:
+        """The method that `peft_config` describes. Raises `KeyError` or `UsageError`: there is no adapter then."""
+        if not isinstance(config["seed"], int):
+            raise UsageError(f"seed = {config['seed']!r}: P is drawn from a whole number")
+        return cls(**{name: config[name] for name in ("dimension", "projection", "structure", "head", "seed")})
 
     def peft_config(self, injection: Injection) -> dict[str, Any]:
         """PEFT has no type for it: modules, settings, and the seed that P is drawn from.
@@ -217,7 +224,8 @@ class SubspaceCore(nn.Module):
     def weight(self, piece: int) -> torch.Tensor:
         """θ₀ + λ·Pθ_d of one piece, differentiable."""
         scale = None if self.scales is None else self.scales[self._layer[piece]]
-        return moved(self.start(piece), self.coordinates, scale, self.projection, piece)
+        wide = torch.promote_types(torch.float32, self.coordinates.dtype)  # a model may be cast after it was injected
+        return moved(self.start(piece), self.coordinates.to(wide), scale, self.projection, piece)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What it is given: a Sequential calls every module that it holds, and it may hold this one."""

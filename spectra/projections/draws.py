@@ -51,7 +51,8 @@ def coarse_normal(generator: np.random.Generator, out: torch.Tensor, codes: torc
 @lru_cache(maxsize=8)
 def _cells(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     levels = ndtri((np.arange(256) + 0.5) / 256)
-    return torch.from_numpy(levels / np.sqrt(np.mean(levels**2))).to(dtype=dtype, device=device)
+    with torch.inference_mode(False):  # kept for all modes
+        return torch.from_numpy(levels / np.sqrt(np.mean(levels**2))).to(dtype=dtype, device=device)
 
 
 def normal(generator: np.random.Generator, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:

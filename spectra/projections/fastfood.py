@@ -164,8 +164,9 @@ def _room(like: torch.Tensor, order: int = 0) -> _Room:
     held: dict[str, _Room] = _rooms.__dict__
     key, size = f"{like.dtype} {like.device}", max(_GROUP, order)
     if key not in held or len(held[key].first) < size:
-        codes = torch.empty(size, dtype=torch.int32, device=like.device)
-        held[key] = _Room(codes, *(torch.empty(size, dtype=like.dtype, device=like.device) for _ in range(3)))
+        with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
+            codes = torch.empty(size, dtype=torch.int32, device=like.device)
+            held[key] = _Room(codes, *(torch.empty(size, dtype=like.dtype, device=like.device) for _ in range(3)))
     return held[key]
 
 

@@ -59,7 +59,7 @@ class KroneckerProjection:
         """Pᵀ y of one piece; see `Projection.adjoint`."""
         left, right = self._factors(piece, y)
         grid = torch.nn.functional.pad(y.reshape(-1), (0, len(left) * len(right) - y.numel()))
-        table = (left.t() @ grid.view(len(left), -1)) @ right
+        table = (left.t() @ grid.view(len(left), len(right))) @ right
         return table.reshape(-1)[: self.dimension] * self._factor
 
     def squared_norms(self) -> torch.Tensor:
@@ -69,7 +69,7 @@ class KroneckerProjection:
             left, right = (factor.square_() for factor in self._factors(piece, like))
             present = torch.ones(len(left) * len(right), dtype=torch.float64)
             present[math.prod(shape) :] = 0.0
-            found += (left.t() @ present.view(len(left), -1) @ right).reshape(-1)[: self.dimension]
+            found += (left.t() @ present.view(len(left), len(right)) @ right).reshape(-1)[: self.dimension]
         return found * self._factor**2
 
     def _factors(self, piece: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -141,14 +141,16 @@ class _Moved(torch.autograd.Function):
         ctx.projection, ctx.piece = projection, piece
         ctx.save_for_backward(x, scale)
         found = start.detach().to(dtype=x.dtype, copy=True, memory_format=torch.contiguous_format)
-        projection.add(x.detach(), piece, found, scale=1.0 if scale is None else float(scale))
+        with torch.autocast(x.device.type, enabled=False):  # P is one matrix in training, evaluation and merging
+            projection.add(x.detach(), piece, found, scale=1.0 if scale is None else float(scale))
         return found.to(start.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         x, scale = ctx.saved_tensors
-        pulled = ctx.projection.adjoint(gradient.to(x.dtype).contiguous(), ctx.piece)
+        with torch.autocast(x.device.type, enabled=False):
+            pulled = ctx.projection.adjoint(gradient.to(x.dtype).contiguous(), ctx.piece)
         if scale is None:
             return None, pulled, None, None, None
         return None, pulled * scale, (pulled @ x).reshape(scale.shape).to(scale.dtype), None, None
@@ -169,7 +171,7 @@ def check_shapes(shapes: Sequence[Sequence[int]], dimension: int) -> tuple[tuple
     total = sum(math.prod(shape) for shape in found)
     if not total:
         raise UsageError("there are no parameters to project to: no tensor was given, or none has an entry")
-    if not isinstance(dimension, int) or dimension < 1:
+    if type(dimension) is not int or dimension < 1:
         raise UsageError(f"dimension = {dimension!r} must be an integer of at least 1")
     if dimension > total:
         raise UsageError(f"dimension = {dimension:,} is above the {total:,} parameters themselves: nothing is reduced")

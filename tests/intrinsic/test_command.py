@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from spectra.__main__ import VERBS
 from spectra.intrinsic.__main__ import main, smallest_that_reached
 from spectra.intrinsic.objective import Objective
 from spectra.intrinsic.result import IntrinsicDimension
+from spectra.intrinsic.searching import SearchConfig
+from spectra.intrinsic.trial import Trial
 from spectra.report.__main__ import main as report
 from tests.intrinsic.synthetic import Synthetic, found
 from tests.train.saved import save_model, save_reviews
@@ -55,12 +58,25 @@ def test_files_and_going_on(
     assert report([base, str(out / "model"), "--out", str(tmp_path / "rep"), "--allow-partial", "--quiet"]) == 0
     capsys.readouterr()
 
+    kept = json.loads((out / "kept.json").read_text())
+    saved: list[int] = []
     monkeypatch.setattr(Objective, "__call__", lambda self, ask: pytest.fail("trained again"))
-    monkeypatch.setattr(Objective, "save", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(Objective, "save", lambda self, dimension, **k: saved.append(dimension))
     pages = {path: path.read_bytes() for path in out.glob("**/*.*") if "model" not in str(path)}
     assert main([*wanted, "--quiet", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["verdict"] == result.verdict
     assert {path: path.read_bytes() for path in pages} == pages
+    assert not saved
+
+    # A model of another training, and one whose saving was cut short, are not taken for what was found.
+    (out / "kept.json").write_text(json.dumps({**kept, "dimension": 1}))
+    assert main([*wanted, "--quiet"]) == 0
+    assert saved == [kept["dimension"]]
+    assert not (out / "model").exists()
+    assert json.loads((out / "kept.json").read_text()) == kept
+    (out / "kept.json").unlink()
+    assert main([*wanted, "--quiet"]) == 0
+    assert saved == [kept["dimension"]] * 2
 
 
 def test_another_search_in_the_folder(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,6 +86,8 @@ def test_another_search_in_the_folder(flags: list[str], tmp_path: Path, capsys: 
     capsys.readouterr()
     assert main([*wanted, "--dimensions", "40", "--batch", "4"]) == 3
     assert "batch" in capsys.readouterr().err
+    assert main([*wanted, "--dimensions", "40", "--lr", "1e-4"]) == 3
+    assert "learning_rate" in capsys.readouterr().err
     assert main([*wanted, "--dimensions", "40", "--batch", "4", "--no-resume"]) == 0
 
 
@@ -123,9 +141,20 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
 
 
 def test_the_smallest_that_reached() -> None:
-    """The smallest dimension wins, then the first seed; given-up and failing trainings do not count."""
-    result = found(Synthetic())
+    """The smallest dimension whose mean reached wins, then the first seed: a lucky seed of a smaller one does not."""
+    result = found(Synthetic(), SearchConfig(steps=100, seeds=3, dimensions=(16, 4096, 16384)))
+    assert [point.mean >= result.target for point in result.curve] == [False, True, True]
     best = smallest_that_reached(result)
     assert best is not None
-    reached = [t.ask.dimension for t in result.trials if t.ask.kind == "subspace" and t.metric >= result.target]
-    assert best[0] == min(d for d in reached if d is not None)
+    assert best[:2] == (4096, 0)
+
+    def changed(trial: Trial) -> Trial:
+        metric = {(16, 1): 0.99, (4096, 0): result.target - 1e-3}.get((trial.ask.dimension or 0, trial.ask.seed))
+        return trial if metric is None else replace(trial, metric=metric)
+
+    result = replace(result, trials=tuple(map(changed, result.trials)))
+    assert [point.mean >= result.target for point in result.curve] == [False, True, True]
+    best = smallest_that_reached(result)
+    assert best is not None
+    assert best[:2] == (4096, 1)
+    assert smallest_that_reached(replace(result, target=2.0)) is None
