@@ -42,8 +42,8 @@ def walsh_hadamard(x: torch.Tensor, *, dim: int = -1) -> torch.Tensor:
 
     Notes
     -----
-    Entry (i, j) of H is (−1)^(number of ones in i AND j) [1]_. The error of an entry is at most
-    k·ε·‖x‖₁-like, and that of a random x about ε·√n·‖x‖: sums are of ±x alone.
+    Entry (i, j) of H is (−1)^(number of ones in i AND j) [1]_. Of a random x, the error of all entries together has a
+    norm of 1 to 2 times ε·√n·‖x‖, that is 1 to 2 ε of the result's: sums are of ±x alone.
 
     References
     ----------

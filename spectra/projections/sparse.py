@@ -41,7 +41,7 @@ class SparseProjection:
 
     Examples
     --------
-    >>> projection = SparseProjection([(64, 48)], dimension=16, seed=0)
+    >>> projection = SparseProjection([(640, 480)], dimension=64, seed=0)
     >>> float(projection.squared_norms().mean()).__round__(1)
     1.0
     """

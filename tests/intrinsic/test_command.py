@@ -107,6 +107,8 @@ def test_a_dry_run(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--dimensions", "0"], "0"),
         (["--dimensions", "99999999"], "99"),
         (["--dimensions", "1.5"], "no whole number"),
+        (["--dimensions", "nan"], "no whole number"),
+        (["--dimensions", "inf"], "no whole number"),
         (["--start", "99999999"], "start"),
         (["--ratio", "1"], "ratio"),
         (["--rates", "a,b"], "numbers with commas"),

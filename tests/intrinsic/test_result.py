@@ -6,13 +6,13 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import pytest
 
 from spectra.errors import MismatchError, UsageError
-from spectra.intrinsic.result import CSV, JSON, IntrinsicDimension
+from spectra.intrinsic.result import CSV, JSON, IntrinsicDimension, Verdict
 from spectra.intrinsic.searching import SearchConfig
 from tests.intrinsic.synthetic import Synthetic, failing, found
 
@@ -142,3 +142,41 @@ def test_card(result: IntrinsicDimension) -> None:
     assert "d90 = " in card
     assert "<svg" in card
     assert card.count("<tr") == len(result.curve) + 1
+
+
+HOSTILE: list[Any] = [None, "x", [], {}, -1, 0, True, 10**400, 1e400, math.nan, [1], {"a": 1}]
+
+
+def test_hostile_fields(result: IntrinsicDimension, tmp_path: Path) -> None:
+    """Every field of the result, a trial and its ask in turn: an error of ours, or a result that can be shown."""
+    base = json.loads(result.save(tmp_path).read_bytes())
+    at = next(i for i, trial in enumerate(base["trials"]) if trial["ask"]["kind"] == "subspace")
+    damaged = [{**base, key: value} for key in base for value in HOSTILE]
+    damaged += [{**base, "trials": [], "verdict": verdict} for verdict in get_args(Verdict)]
+    for key in base["trials"][at]:
+        damaged += [{**base, "trials": changed(base["trials"], at, {key: value})} for value in HOSTILE]
+    for key in base["trials"][at]["ask"]:
+        asks = [{"ask": {**base["trials"][at]["ask"], key: value}} for value in HOSTILE]
+        damaged += [{**base, "trials": changed(base["trials"], at, ask)} for ask in asks]
+    refused = 0
+    for record in damaged:
+        (tmp_path / JSON).write_text(json.dumps(record))
+        try:
+            loaded = IntrinsicDimension.load(tmp_path)
+        except (UsageError, MismatchError):
+            refused += 1
+        else:
+            assert loaded.sentence()
+            assert loaded.curve is not None
+            assert len(loaded.frame) == len(loaded.trials)
+    assert refused > 0.7 * len(damaged)
+
+
+def changed(trials: list[dict[str, Any]], at: int, fields: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*trials[:at], {**trials[at], **fields}, *trials[at + 1 :]]
+
+
+def test_nested_without_end(tmp_path: Path) -> None:
+    (tmp_path / JSON).write_text("[" * 100_000)
+    with pytest.raises(UsageError, match="damaged"):
+        IntrinsicDimension.load(tmp_path)

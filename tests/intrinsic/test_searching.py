@@ -298,7 +298,17 @@ def test_damaged_journals_are_refused(tmp_path: Path) -> None:
     found(Synthetic(), journal=tmp_path)
     path = tmp_path / NAME
     lines = path.read_bytes().splitlines(keepends=True)
-    for damaged in ([lines[0], b"{nonsense\n", *lines[1:]], [lines[0], b"{}\n"], [b'{"format": 1}\n'], [b"[]\n"]):
+    worded = lines[1].replace(b'"metric": 0', b'"metric": "x"')
+    assert worded != lines[1]
+    for damaged in (
+        [lines[0], b"{nonsense\n", *lines[1:]],
+        [lines[0], b"{}\n"],
+        [lines[0], worded],
+        [lines[0], lines[1].replace(b'"seed": 0', b'"seed": []')],
+        [lines[0], b"[" * 100_000 + b"\n"],
+        [b'{"format": 1}\n'],
+        [b"[]\n"],
+    ):
         path.write_bytes(b"".join(damaged))
         with pytest.raises(JournalError):
             found(Synthetic(), journal=tmp_path)

@@ -73,3 +73,13 @@ def test_refusals(x: torch.Tensor) -> None:
 def test_no_such_matrix(order: int) -> None:
     with pytest.raises(UsageError, match="power of two"):
         hadamard_matrix(order)
+
+
+def test_inference_first() -> None:
+    """Its matrices are kept: made under inference mode, they still serve a gradient afterwards."""
+    hadamard_matrix.cache_clear()
+    x = torch.randn(64, dtype=torch.float64, requires_grad=True)
+    with torch.inference_mode():
+        walsh_hadamard(x)
+    walsh_hadamard(x).square().sum().backward()
+    assert torch.allclose(x.grad, 128 * x.detach(), rtol=1e-12)

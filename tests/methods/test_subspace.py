@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from spectra.errors import MismatchError, UsageError
+from spectra.errors import MismatchError, UnsafeCheckpoint, UsageError
 from spectra.methods import LoRA, Subspace, inject, load_adapter, save_adapter
 from spectra.methods.subspace import SubspaceCore, layer_of
 from spectra.projections import PROJECTIONS, forward
@@ -214,6 +215,8 @@ def test_gradients_as_bases_cannot_be_a_seed(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"dimension": 0}, "at least 1"),
+        ({"dimension": True}, "at least 1"),
+        ({"seed": -1}, "at least 0"),
         ({"dimension": 10**7}, "above the"),
         ({"dimension": 4, "structure": "said"}, "at least 6 here, 5 layers' scales"),
         ({"dimension": 4, "projection": "lora"}, "one number a matrix"),
@@ -231,3 +234,112 @@ def test_refusals(settings: dict[str, object], message: str) -> None:
         inject(model, "", Subspace(**settings))
     assert torch.equal(logits(model), before)
     inject(model, "query$", LoRA(rank=2))
+
+
+class Shared(nn.Module):
+    """A weight in two modules, and a parameter of the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 6), nn.Linear(6, 20)
+        self.head.weight = self.embed.weight
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(self.scale * self.embed(x))
+        return found
+
+
+@pytest.mark.parametrize("pattern", ["embed", "head"])
+def test_a_tied_weight_moves_where_no_pattern_named_it(pattern: str, tmp_path: Path) -> None:
+    model = Shared()
+    injection = inject(model, pattern, Subspace(dimension=4))
+    moved(model)
+    x = torch.arange(5)
+    expected = model(x).detach()
+    assert torch.equal(model.embed.weight, model.head.weight)
+    assert model.head.weight is model.embed.weight
+    assert isinstance(model.scale, nn.Parameter)
+    save_adapter(injection, tmp_path, base_model="base", task_type=None)
+    other = Shared()
+    other.load_state_dict({name: core_start(model, name) for name in other.state_dict()})
+    load_adapter(other, tmp_path)
+    assert torch.allclose(other(x), expected, atol=1e-6)
+
+
+def core_start(model: nn.Module, name: str) -> torch.Tensor:
+    """What a tensor of the model was before it moved."""
+    core = core_of(model)
+    for piece, places in enumerate(core.places):
+        if tuple(name.rpartition(".")[::2]) in places:
+            return core.start(piece)
+    return model.state_dict()[name]
+
+
+def test_cast_after_injection() -> None:
+    """P is computed in float32 even where the coordinates were cast with the model."""
+    model = nn.Sequential(nn.Linear(60, 40), nn.Linear(40, 30))
+    inject(model, "", Subspace(dimension=50))
+    moved(model)
+    model.to(torch.bfloat16)
+    model(torch.ones(1, 60, dtype=torch.bfloat16)).sum().backward()
+    core = core_of(model)
+    image = forward(core.projection, core.coordinates.detach().float())[0]
+    assert torch.equal(model[0].weight, (core.start(0).float() + image).bfloat16())
+    assert core.coordinates.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"seed": -1}, UnsafeCheckpoint),
+        ({"seed": "x"}, UnsafeCheckpoint),
+        ({"seed": None}, UnsafeCheckpoint),
+        ({"seed": 1.5}, UnsafeCheckpoint),
+        ({"seed": True}, UnsafeCheckpoint),
+        ({"dimension": 10**30}, UnsafeCheckpoint),
+        ({"dimension": 29}, UnsafeCheckpoint),
+        ({"dimension": "30"}, UnsafeCheckpoint),
+        ({"structure": {}}, UnsafeCheckpoint),
+        ({"structure": "said"}, MismatchError),
+        ({"target_modules": ["embed"]}, MismatchError),
+        ({"moved_parameters": 3}, MismatchError),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_lies(changes: dict[str, object], error: type[Exception], tmp_path: Path) -> None:
+    """Nothing of the size that it claims is made, and no other P is drawn in silence."""
+    save_adapter(
+        inject(nn.Sequential(nn.Embedding(20, 6), nn.Linear(6, 3)), "", Subspace(dimension=30)),
+        tmp_path,
+        base_model="base",
+        task_type=None,
+    )
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    changes = {key: ["0"] if key == "target_modules" else value for key, value in changes.items()}
+    path.write_text(json.dumps({**config, **changes, "gradients": {"0.weight": 1}}))
+    with pytest.raises(error, match=str(tmp_path)):
+        load_adapter(nn.Sequential(nn.Embedding(20, 6), nn.Linear(6, 3)), tmp_path)
+
+
+def test_another_vocabulary(tmp_path: Path) -> None:
+    """The coordinates would fit, but P of more parameters is another one."""
+    save_adapter(
+        inject(nn.Sequential(nn.Embedding(20, 6)), "", Subspace(dimension=5)), tmp_path, base_model="b", task_type=None
+    )
+    with pytest.raises(MismatchError, match="move 120 parameters, and 180 of this Sequential"):
+        load_adapter(nn.Sequential(nn.Embedding(30, 6)), tmp_path)
+
+
+def test_merged_and_back_without_gradients() -> None:
+    """Buffers that come back are filled anew, though the coordinates are what they were filled from before."""
+    model = make("bert")
+    injection = inject(model, "", Subspace(dimension=8))
+    moved(model)
+    with torch.no_grad():
+        expected = logits(model)
+        injection.merge()
+        assert torch.equal(logits(model), expected)
+        injection.unmerge()
+        assert torch.equal(logits(model), expected)

@@ -5,13 +5,27 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 from spectra.errors import UsageError
-from spectra.projections import PROJECTIONS, Projection, adjoint, forward, make_projection, moved, smallest_dimension
+from spectra.linalg.hadamard import walsh_hadamard
+from spectra.projections import (
+    PROJECTIONS,
+    Projection,
+    adjoint,
+    draws,
+    fastfood,
+    forward,
+    low_rank,
+    make_projection,
+    moved,
+    smallest_dimension,
+    sparse,
+)
 
 # Odd sizes, a vector, a scalar, three axes, and a tensor smaller than Fastfood's blocks.
 SHAPES = [(40, 30), (7,), (3, 5, 4), (), (64, 33)]
@@ -135,7 +149,8 @@ def test_fastfood_rows_are_nearly_normal() -> None:
     """Entries have variance 1/D and the kurtosis of sums of 256: 3 within its standard error."""
     projection = make_projection("fastfood", [(64, 64)], dimension=256, seed=3)
     p = matrix(projection) * math.sqrt(64 * 64)
-    assert float(p.square().mean()) == pytest.approx(1.0, abs=0.01)
+    # Their mean square is that of G's 2¹² draws, whose fourth moment is 2.92.
+    assert float(p.square().mean()) == pytest.approx(1.0, abs=4 * math.sqrt(1.92 / 2**12))
     # 2²⁰ entries; those of a block share 256 draws, so count 2¹² · 256 / 256 blocks' worth of them as independent.
     assert float(p.pow(4).mean()) == pytest.approx(3.0, abs=4 * math.sqrt(96 / 2**12))
 
@@ -164,7 +179,7 @@ def test_gradient_bases() -> None:
 
 
 @EVERY
-@pytest.mark.parametrize("dimension", [0, -1, TOTAL + 1, 2.0])
+@pytest.mark.parametrize("dimension", [0, -1, TOTAL + 1, 2.0, True])
 def test_refused_dimensions(name: str, dimension: int) -> None:
     with pytest.raises(UsageError, match="dimension"):
         build(name, dimension)
@@ -206,3 +221,108 @@ def test_smallest() -> None:
     assert smallest_dimension("lora", SHAPES) == 2
     with pytest.raises(UsageError):
         build("lora", 1)
+
+
+@pytest.mark.parametrize("name", ["fastfood", "dense", "sparse", "kronecker", "lora"])
+def test_tensors_without_entries(name: str) -> None:
+    shapes = [(0, 5), (5, 0), (6, 7), (0,)]
+    projection = make_projection(name, shapes, dimension=3, seed=0)
+    parts = forward(projection, torch.ones(3))
+    assert [tuple(part.shape) for part in parts] == shapes
+    assert float(adjoint(projection, parts).sum()) == pytest.approx(float(parts[2].square().sum()), rel=1e-5)
+    assert bool((projection.squared_norms() > 0).all())
+
+
+@EVERY
+def test_autocast_leaves_it_alone(name: str) -> None:
+    """P is the same matrix whatever the precision that a model is trained in: to the bit, forward and back."""
+    projection = build(name, 50)
+    x = torch.randn(50, requires_grad=True, generator=torch.Generator().manual_seed(5))
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            image = moved(torch.zeros(SHAPES[4]), x, None, projection, 4)
+            (gradient,) = torch.autograd.grad(image.square().sum(), x)
+        found.append((image.detach(), gradient))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_inference_first() -> None:
+    """A thread whose memory is first made under inference mode trains afterwards."""
+    projection, ended = build("fastfood", 50), []
+
+    def work() -> None:
+        with torch.inference_mode():
+            forward(projection, torch.ones(50))
+        forward(projection, torch.ones(50))
+        ended.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert ended
+
+
+@pytest.mark.parametrize("dimension", [60, 64, 250])
+def test_fastfood_over_several_groups(dimension: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of a few blocks: every group has draws of its own, is where it belongs, and Pᵀ is P's transpose."""
+    monkeypatch.setattr(fastfood, "_GROUP", 256)
+    projection = make_projection("fastfood", [(40, 30), (64, 33)], dimension=dimension, seed=0)
+    p = matrix(projection)
+    y = torch.randn(len(p), dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    pulled = adjoint(projection, [y[:1200].view(40, 30), y[1200:].view(64, 33)])
+    assert torch.allclose(pulled, p.t() @ y, rtol=1e-11, atol=1e-12)
+    assert torch.allclose(projection.squared_norms(), p.square().sum(dim=0), rtol=1e-11)
+    assert torch.linalg.matrix_rank(p) == dimension
+    # Rows of two groups are of independent draws: none repeats another, and they are nearly orthogonal on the whole.
+    rows = torch.nn.functional.normalize(p, dim=1)
+    cosines = (rows[:256] @ rows[256:512].t()).flatten()
+    assert float(cosines.square().mean()) == pytest.approx(1 / dimension, rel=0.1)
+
+
+def test_cells_of_the_coarse_normal() -> None:
+    """Mean 0 and variance 1 to rounding, and the fourth moment that `coarse_normal` states."""
+    cells = draws._cells(torch.float64, torch.device("cpu"))
+    assert len(cells) == 256
+    assert abs(float(cells.mean())) < 1e-15
+    assert float(cells.square().mean()) == pytest.approx(1.0, rel=1e-14)
+    assert float(cells.pow(4).mean()) == pytest.approx(2.92, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["fastfood", "dense", "sparse", "kronecker", "lora"])
+def test_places_have_draws_of_their_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tensors of one shape, and two groups within a tensor, move by different rows of P."""
+    monkeypatch.setattr(fastfood, "_GROUP", 128)
+    monkeypatch.setattr(sparse, "_TOGETHER", 91)  # 128 rows of 16 entries, one in √512 of them not zero
+    p = matrix(make_projection(name, [(16, 16), (16, 16)], dimension=16, seed=0)).view(4, 128, 16)
+    whole = p.view(2, 256, 16)
+    if name == "lora":  # each has coordinates of its own: compare the images of both halves
+        whole = torch.stack([whole[0, :, :8], whole[1, :, 8:]])
+    assert not torch.allclose(whole[0].abs(), whole[1].abs())
+    for first in range(4 if name in ("fastfood", "sparse") else 0):
+        assert not any(torch.allclose(p[first].abs(), p[other].abs()) for other in range(first))
+
+
+def test_low_rank_cores_grow_from_their_corner() -> None:
+    """A square number of coordinates fills a square: no rank is spent before it is needed."""
+    rows, columns = low_rank._corner(6)
+    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0)]
+
+
+def test_groups_turn_the_coordinates_differently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """H c·H G Π H B has rows of ± Π H B but for lengths: of two groups neither B nor Π is the same."""
+    monkeypatch.setattr(fastfood, "_GROUP", 64)
+    p = matrix(make_projection("fastfood", [(8, 16)], dimension=64, seed=0)).view(2, 64, 64)
+    one, other = (walsh_hadamard(block, dim=0).sign() for block in p)
+    rows = [{tuple((row * row[0]).tolist()) for row in turned} for turned in (one, other)]
+    assert [len(found) for found in rows] == [64, 64]
+    assert not rows[0] & rows[1], "one B"
+    products = {tuple((row * row[0]).tolist()) for row in one * other}
+    assert len(products) > 1, "one permutation"
+
+
+def test_places_are_not_padded() -> None:
+    """NumPy takes zeros at the end of a seed for nothing: a place is not the one that has a zero more."""
+    first = [draws.stream(7, *place).random() for place in ((), (0,), (0, 0), (1,), (1, 0))]
+    assert len(set(first)) == 5
