@@ -58,7 +58,7 @@ class Subspace:
     Notes
     -----
     The learning rate is full fine-tuning's: coordinates take √(D/d) times it, since columns of P have norm 1 and d of
-    them then move the D parameters as far in a step as Adam would move them one by one.
+    them then move the D parameters as far in a step as Adam would move them one by one. SAID's scales take it too.
 
     References
     ----------
