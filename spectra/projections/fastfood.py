@@ -57,9 +57,9 @@ class FastfoodProjection:
     -----
     Q. Le, T. Sarlós and A. Smola, "Fastfood: Approximating Kernel Expansions in Loglinear Time", ICML 2013, equation 7;
     for intrinsic dimension, Li et al. 2018, appendix. The columns of a block have one norm, c·√n·‖G‖, so that P's
-    columns differ in norm only by the rows that the last blocks of a tensor lack. E‖Pᵀy‖² is right for every y; its spread
-    is that of a uniformly random subspace for unstructured y (one entry, rank one, noise), and several times wider where
-    y is constant along rows, columns or altogether, which H gathers in a few entries.
+    columns differ in norm only by the rows that the last blocks of a tensor lack. E‖Pᵀy‖² is right for every y; its
+    spread is that of a uniformly random subspace for unstructured y (one entry, rank one, noise), and several times
+    wider where y is constant along rows, columns or altogether, which H gathers in a few entries.
 
     Examples
     --------
