@@ -12,7 +12,7 @@ import os
 import socket
 import sqlite3
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -101,7 +101,7 @@ class Journal:
         if begun is None:
             self._db.execute("INSERT INTO meta VALUES ('fingerprint', ?)", (json.dumps(fingerprint, sort_keys=True),))
             return
-        changes = list(_differences(json.loads(begun[0]), json.loads(json.dumps(fingerprint))))
+        changes = list(differences(json.loads(begun[0]), json.loads(json.dumps(fingerprint))))
         if changes:
             self._db.close()
             raise JournalMismatch(
@@ -154,11 +154,24 @@ class Journal:
         self.close()
 
 
-def _differences(old: Any, new: Any, path: str = "") -> Any:
-    """Sentences on where two JSON values differ."""
+def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Say on what two JSON values differ, a sentence each.
+
+    Parameters
+    ----------
+    old, new : JSON values
+        As they were, and as they are.
+    path : str
+        Where in the whole they stand.
+
+    Examples
+    --------
+    >>> list(differences({"rank": 8, "seed": 0}, {"rank": 16, "seed": 0}))
+    ['rank was 8, is 16']
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif old != new:
         before, after = (text if len(text) < 90 else text[:87] + "…" for text in map(json.dumps, (old, new)))
         yield f"{path} was {before}, is {after}"

@@ -3,13 +3,7 @@
 Every measure of the whole spectrum raises `IncompleteSpectrum` on a truncated one; its ``…_bounds`` twin works on any
 spectrum and returns (low, high) that contain the exact value, from the exact Frobenius norm and the certificate.
 
-How the bounds are found. All of these measures depend only on the *concentration curve* P_j = Σ_{i≤j} σ_i^q / Σ σ_i^q,
-j = 0…p, with q = 1 or 2. It is concave. The certificate gives P^low_j ≤ P_j ≤ P^high_j: the leading part from the
-intervals of the values, the rest from the energy they leave (‖A‖²_F − Σs²) and the largest size a left-out value can
-have, either spread evenly or packed into as few values as possible. The least concave majorant of either side is again
-the curve of some distribution, and it lies below (above) every admissible curve: it is majorised by (majorises) the
-truth. Entropy and participation ratio are Schur-concave, so their values on the two envelopes bracket the truth
-(A. Marshall, I. Olkin and B. Arnold, "Inequalities", 2nd ed., ch. 3); ranks and errors are read off the envelopes.
+How the bounds are found stands in `spectra.envelopes`.
 
 Edges. A zero matrix has every rank 0 and every ratio NaN. Terms of value 0 contribute 0.
 """
@@ -17,19 +11,13 @@ Edges. A zero matrix has every rank 0 and every ratio NaN. Terms of value 0 cont
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from spectra.envelopes import Bounds, envelopes, head_and_tail, schur_bounds
 from spectra.errors import IncompleteSpectrum
 from spectra.values import Spectrum, Vector
-
-Bounds = tuple[float, float]
-
-# ‖A‖²_F is summed in float64 from entries of either precision; 64 ulps cover the summation of any real matrix.
-_FROBENIUS_RELATIVE_ERROR = 64 * np.finfo(np.float64).eps
 
 
 def _complete(spectrum: Spectrum, measure: str) -> Vector:
@@ -57,77 +45,6 @@ def _exp_entropy(weights: Vector) -> float:
 def _participation(weights: Vector) -> float:
     total = float(np.sum(weights**2))
     return 1.0 / total if total > 0 else 0.0
-
-
-# The concentration curve and its envelopes ------------------------------------------------------------------------
-
-
-def _concave_majorant(curve: Vector) -> Vector:
-    """Least concave function above the points (j, curve_j).
-
-    A point on or below the chord of its neighbours is no vertex of the hull, so all such points may go at once, until
-    none is left.
-    """
-    kept = np.arange(len(curve))
-    while True:
-        slopes = np.diff(curve[kept]) / np.diff(kept)
-        vertex = np.concatenate([[True], slopes[1:] < slopes[:-1], [True]])
-        if vertex.all():
-            return np.interp(np.arange(len(curve)), kept, curve[kept])
-        kept = kept[vertex]
-
-
-def _head_and_tail(spectrum: Spectrum) -> tuple[Vector, Vector, Bounds, float, int]:
-    """Intervals of the known values, energy and largest size of the others, how many others: all for ‖A‖_F = 1."""
-    low, high = (end / spectrum.frobenius for end in spectrum.interval())
-    slack = _FROBENIUS_RELATIVE_ERROR
-    left_out = max(0.0, 1.0 - slack - float(np.sum(high**2))), max(0.0, 1.0 + slack - float(np.sum(low**2)))
-    others = spectrum.rank_limit - len(spectrum.values)
-    largest = min((spectrum.tail_limit() + spectrum.certificate.roundoff) / spectrum.frobenius, math.sqrt(left_out[1]))
-    if len(high):
-        largest = min(largest, float(high[-1]))
-    return low, high, left_out if others else (0.0, 0.0), largest, others
-
-
-@lru_cache(maxsize=4)  # a row of a report asks a dozen times for the same two
-def _envelopes(spectrum: Spectrum, power: int) -> tuple[Vector, Vector]:
-    """Curves Q^low, Q^high of length p + 1, both concave from 0 to 1, that every admissible P lies between."""
-    low, high, (energy_low, energy_high), largest, others = _head_and_tail(spectrum)
-    known = len(low)
-    # Of all sequences with this energy and this largest member, even ones have the most mass, packed ones the least.
-    rest_low = energy_low / largest if largest > 0 else 0.0
-    rest_high = math.sqrt(others * energy_high)
-    head_low: Vector = np.cumsum(low**power)
-    head_high: Vector = np.cumsum(high**power)
-    if power == 2:  # the total is known: ‖A‖²_F = 1
-        known_low, known_high = head_low - _FROBENIUS_RELATIVE_ERROR, head_high + _FROBENIUS_RELATIVE_ERROR
-    else:  # P_j rises with the first j values and falls with all later ones
-        known_low = _share(head_low, np.asarray(head_high[-1:] - head_high + rest_high))
-        known_high = _share(head_high, np.asarray(head_low[-1:] - head_low + rest_low))
-    curve_low = np.concatenate(
-        [[0.0], np.maximum(known_low, 0.0), np.full(others, max(0.0, known_low[-1]) if known else 0.0)]
-    )
-    curve_high = np.concatenate([[0.0], known_high, np.ones(others)])
-    if others and largest > 0:
-        step: Vector = np.arange(1.0, others + 1.0)
-        remaining = np.maximum(0.0, energy_low - step * largest**2) * float(largest) ** (power - 2)
-        before = head_high[-1] if known else 0.0
-        curve_high[known + 1 :] = _share(before + step * largest**power, remaining)
-    curve_low[-1] = curve_high[-1] = 1.0
-    return _concave_majorant(np.minimum(curve_low, 1.0)), _concave_majorant(np.minimum(curve_high, 1.0))
-
-
-def _share(part: Vector, other: Vector | float) -> Vector:
-    total = part + other
-    return np.divide(part, total, out=np.ones_like(total), where=total > 0)
-
-
-def _schur_bounds(spectrum: Spectrum, power: int, measure: Callable[[Vector], float]) -> Bounds:
-    """Bounds of a Schur-concave measure of σ^q/Σσ^q: on the curve that majorises all, and on the one all majorise."""
-    if spectrum.frobenius == 0.0:
-        return 0.0, 0.0
-    low, high = _envelopes(spectrum, power)
-    return measure(np.maximum(np.diff(high), 0.0)), measure(np.maximum(np.diff(low), 0.0))
 
 
 # Norms ------------------------------------------------------------------------------------------------------------
@@ -159,7 +76,7 @@ def nuclear_norm_bounds(spectrum: Spectrum) -> Bounds:
     """(low, high) that contain Σσ: the left-out energy packed into as few values as can hold it, or spread evenly."""
     if spectrum.frobenius == 0.0:
         return 0.0, 0.0
-    low, high, (energy_low, energy_high), largest, others = _head_and_tail(spectrum)
+    low, high, (energy_low, energy_high), largest, others = head_and_tail(spectrum)
     least = float(np.sum(low)) + (energy_low / largest if largest > 0 else 0.0)
     most = float(np.sum(high)) + math.sqrt(others * energy_high)
     return least * spectrum.frobenius, most * spectrum.frobenius
@@ -222,7 +139,7 @@ def entropy_rank(spectrum: Spectrum) -> float:
 
 def entropy_rank_bounds(spectrum: Spectrum) -> Bounds:
     """(low, high) that contain `entropy_rank`."""
-    return _schur_bounds(spectrum, 1, _exp_entropy)
+    return schur_bounds(spectrum, 1, _exp_entropy)
 
 
 def entropy_rank_energy(spectrum: Spectrum) -> float:
@@ -238,7 +155,7 @@ def entropy_rank_energy(spectrum: Spectrum) -> float:
 
 def entropy_rank_energy_bounds(spectrum: Spectrum) -> Bounds:
     """(low, high) that contain `entropy_rank_energy`."""
-    return _schur_bounds(spectrum, 2, _exp_entropy)
+    return schur_bounds(spectrum, 2, _exp_entropy)
 
 
 def participation_ratio(spectrum: Spectrum) -> float:
@@ -254,7 +171,7 @@ def participation_ratio(spectrum: Spectrum) -> float:
 
 def participation_ratio_bounds(spectrum: Spectrum) -> Bounds:
     """(low, high) that contain `participation_ratio`."""
-    return _schur_bounds(spectrum, 2, _participation)
+    return schur_bounds(spectrum, 2, _participation)
 
 
 def numerical_rank(spectrum: Spectrum, *, epsilon: float = float(np.finfo(np.float32).eps)) -> int:
@@ -304,7 +221,7 @@ def rank_above_bounds(spectrum: Spectrum, threshold: float) -> Bounds:
     if spectrum.frobenius == 0.0:
         count = float(spectrum.rank_limit) if threshold < 0 else 0.0
         return count, count
-    low, high, (_, energy_high), largest, others = _head_and_tail(spectrum)
+    low, high, (_, energy_high), largest, others = head_and_tail(spectrum)
     threshold = threshold / spectrum.frobenius
     hidden = 0
     if largest > threshold:
@@ -404,7 +321,7 @@ def truncation_error_bounds(spectrum: Spectrum, rank: int) -> Bounds:
         raise ValueError(f"rank = {rank} is negative")
     if spectrum.frobenius == 0.0:
         return math.nan, math.nan
-    low, high = _envelopes(spectrum, 2)
+    low, high = envelopes(spectrum, 2)
     rank = min(rank, spectrum.rank_limit)
     return math.sqrt(max(0.0, 1.0 - float(high[rank]))), math.sqrt(max(0.0, 1.0 - float(low[rank])))
 
@@ -447,7 +364,7 @@ def energy_rank_bounds(spectrum: Spectrum, share: float) -> Bounds:
     _check_share(share)
     if spectrum.frobenius == 0.0:
         return 0.0, 0.0
-    low, high = _envelopes(spectrum, 2)
+    low, high = envelopes(spectrum, 2)
     target = share * (1 - 4 * np.finfo(np.float64).eps)
     return float(np.flatnonzero(high >= target)[0]), float(np.flatnonzero(low >= target)[0])
 

@@ -17,6 +17,7 @@ from spectra.checkpoints import TensorInfo
 from spectra.checkpoints.names import Pair, layer_and_role
 from spectra.delta import AnyDelta, Delta, LowRankDelta, is_float, matrix_shape
 from spectra.difference import Difference, RouteChoice, spectra_together
+from spectra.envelopes import Bounds
 from spectra.errors import (
     CheckpointError,
     IncompleteSpectrum,
@@ -33,7 +34,7 @@ ENERGY_SHARES = (50, 90, 95, 99)
 
 # Measures that a truncated spectrum gives as an interval, each with its twin.
 _Measure = Callable[[Spectrum], float]
-_Interval = Callable[[Spectrum], measures.Bounds]
+_Interval = Callable[[Spectrum], Bounds]
 _BOUNDED: dict[str, tuple[_Measure, _Interval]] = {
     "spectral_norm": (measures.spectral_norm, measures.spectral_norm_bounds),
     "nuclear_norm": (measures.nuclear_norm, measures.nuclear_norm_bounds),

@@ -15,16 +15,9 @@ from torch import nn
 
 from spectra.advice import advise
 from spectra.errors import CheckpointNotFound, NonFiniteMatrix, UnsafeCheckpoint, UsageError
+from spectra.moments import Moments, load_moments, save_moments, second_moments
 from spectra.theory.allocation import allocate
-from spectra.weighted import (
-    Moments,
-    load_moments,
-    save_moments,
-    second_moments,
-    weighted_error,
-    weighted_spectrum,
-    weighted_truncation,
-)
+from spectra.weighted import weighted_error, weighted_spectrum, weighted_truncation
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

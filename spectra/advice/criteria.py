@@ -27,6 +27,7 @@ from functools import partial
 import numpy as np
 
 from spectra import measures
+from spectra.envelopes import Bounds
 from spectra.errors import UsageError
 from spectra.theory.noise import finite_edge, gavish_donoho_unknown, noise_std
 from spectra.values import Spectrum
@@ -102,7 +103,7 @@ def _lacking(reason: str) -> Band:
 
 
 _Value = Callable[[Spectrum], float]
-_Interval = Callable[[Spectrum], measures.Bounds]
+_Interval = Callable[[Spectrum], Bounds]
 
 
 def _measured(spectrum: Spectrum, *, value: _Value, bounds: _Interval) -> Band:
@@ -161,7 +162,7 @@ def above_noise(spectrum: Spectrum, threshold: Callable[[Spectrum, float], float
     return Band(measures.rank_above_bounds(spectrum, most)[0], measures.rank_above_bounds(spectrum, least)[1])
 
 
-def median_bounds(spectrum: Spectrum) -> measures.Bounds:
+def median_bounds(spectrum: Spectrum) -> Bounds:
     """(low, high) that contain the median of all singular values, the truncated ones too.
 
     Let k values be known, the others hold the energy E, and none of them pass L. For j > k, (j − k)σ_j² ≤ E, since
@@ -195,7 +196,7 @@ def median_bounds(spectrum: Spectrum) -> measures.Bounds:
     if known:
         largest = min(largest, float(upper[-1]))
 
-    def bounds(j: int) -> measures.Bounds:
+    def bounds(j: int) -> Bounds:
         if j <= known:
             return float(lower[j - 1]), float(upper[j - 1])
         left = (least - (j - 1 - known) * largest**2) / (count - j + 1)

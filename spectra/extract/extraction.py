@@ -19,8 +19,8 @@ from spectra.extract.measure import Matrix, Measured, measure_model
 from spectra.extract.planning import Plan, plan
 from spectra.extract.ranks import uniform_error
 from spectra.inputs import matching_info, side_info, versions
+from spectra.moments import Moments
 from spectra.theory.allocation import uniform_rank
-from spectra.weighted import Moments
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -150,7 +150,7 @@ def extract(
     dtype : {"fp32", "bf16", "fp16"}
         Of the factors. Modules saved whole keep theirs.
     moments : path or mapping of str to Moments, optional
-        Second moments R of the inputs of linear maps, by module (`spectra.weighted`), or the file that ``python -m
+        Second moments R of the inputs of linear maps, by module (`spectra.moments`), or the file that ``python -m
         spectra.train.moments`` writes. Their factors then leave least of ‖(Δ − BA)R^½‖, what they do to those
         inputs, and the rule reads that spectrum; errors are told both ways. Moments of a file are read one at a
         time, and roots of 1 GiB together are kept, or two of the largest.

@@ -24,7 +24,7 @@ from spectra.extract.ranks import Rule
 from spectra.extract.weighting import NONE, Weighting, weighting_of
 from spectra.inputs import LEAST_MATCH, check_device, mismatch_message
 from spectra.inputs import check_folder as check_inputs
-from spectra.weighted import Moments
+from spectra.moments import Moments
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

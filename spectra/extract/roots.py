@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from spectra.weighted import Moments
+from spectra.moments import Moments
 
 # Bytes of roots that are kept for whoever reads the same input next; twice the largest one, if that is more.
 KEPT_BYTES = 1 << 30

@@ -36,8 +36,8 @@ from spectra.extract.roots import KEPT_BYTES, Inputs, Roots
 from spectra.linalg.factored import product_spectrum
 from spectra.linalg.matrix import row_blocks
 from spectra.linalg.route import spectrum
+from spectra.moments import Moments, load_moments
 from spectra.values import Spectrum
-from spectra.weighted import Moments, load_moments
 
 # Criteria that hold a spectrum against rounding or noise of the entries, which weighting mixes.
 _OF_ENTRIES = ("signal", "gavish-donoho", "marchenko-pastur")
@@ -85,7 +85,7 @@ def weighting_of(
     UsageError
         If no matrix has moments, some belong to a matrix of another size, or the rule does not go with them.
     CheckpointNotFound, UnsafeCheckpoint
-        If the file is not there, or none of `spectra.weighted.save_moments`.
+        If the file is not there, or none of `spectra.moments.save_moments`.
     """
     if given is None:
         return NONE

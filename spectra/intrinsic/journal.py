@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ import filelock
 
 from spectra.errors import JournalBusy, JournalError, MismatchError
 from spectra.intrinsic.trial import Ask, Trial
+from spectra.journal import differences
 
 NAME = "trials.jsonl"
 _FORMAT = "spectra intrinsic journal 1"
@@ -124,7 +125,7 @@ class TrialJournal:
         begun, *records = self._read(whole)
         if not isinstance(begun, dict) or begun.get("format") != _FORMAT:
             raise JournalError(f"{self.path} is no journal of this program; give another --out")
-        changes = list(_differences(begun.get("fingerprint"), fingerprint))
+        changes = list(differences(begun.get("fingerprint"), fingerprint))
         if changes:
             raise MismatchError(
                 f"{self.path} was begun with other inputs or flags: {'; '.join(changes)}. "
@@ -148,13 +149,3 @@ class TrialJournal:
         self._stream.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._stream.flush()
         os.fsync(self._stream.fileno())
-
-
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """Sentences on where two JSON values differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new:
-        before, after = (text if len(text) < 90 else text[:87] + "…" for text in map(json.dumps, (old, new)))
-        yield f"{path} was {before}, is {after}"

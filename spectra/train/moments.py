@@ -65,9 +65,9 @@ def command(reference: str, task_name: str, out: str, **flags: Any) -> int:
         raise UsageError(f"--out {out}: name a file, in a folder that is there")
 
     from spectra.inputs import check_device
+    from spectra.moments import save_moments
     from spectra.train.data import load_task
     from spectra.train.models import load_model
-    from spectra.weighted import save_moments
 
     check_device(flags["device"])
     task = load_task(task_name, offline=flags["offline"])
@@ -123,8 +123,8 @@ def moments_of(
     """
     from tqdm.auto import tqdm
 
+    from spectra.moments import second_moments
     from spectra.train.batches import batches
-    from spectra.weighted import second_moments
 
     model = loaded.model if device is None else loaded.model.to(device)
     stream = batches(task, loaded.tokenizer, size=batch, length=length)

@@ -12,7 +12,7 @@ import torch
 
 from spectra.extract import extract, weighting
 from spectra.extract.roots import Inputs, Roots
-from spectra.weighted import Moments, save_moments
+from spectra.moments import Moments, save_moments
 from tests.extract.tuned import save_tensors, update
 
 

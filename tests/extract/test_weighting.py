@@ -16,7 +16,8 @@ from spectra.errors import UsageError
 from spectra.extract import extract
 from spectra.extract.__main__ import main
 from spectra.extract.weighting import aligned
-from spectra.weighted import Moments, save_moments, weighted_truncation
+from spectra.moments import Moments, save_moments
+from spectra.weighted import weighted_truncation
 from tests.extract.tuned import save_tensors, tail, update
 
 SHAPES = {"h.0.q": (24, 24), "h.0.up": (40, 24), "h.0.down": (24, 40)}

@@ -10,11 +10,11 @@ from transformers import BertTokenizerFast
 
 from spectra.errors import CheckpointNotFound
 from spectra.extract import extract
+from spectra.moments import load_moments
 from spectra.train.batches import batches
 from spectra.train.data import load_task
 from spectra.train.models import load_model
 from spectra.train.moments import main, moments_of
-from spectra.weighted import load_moments
 from tests.train.tiny import bert, llama
 
 WORDS = [f"w{i}" for i in range(95)]
@@ -146,7 +146,7 @@ def test_an_interrupt_leaves_no_file(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spectra.weighted.second_moments", interrupted)
+    monkeypatch.setattr("spectra.moments.second_moments", interrupted)
     assert main(["--model", str(models["bert"]), "--task", str(texts), "--out", str(tmp_path / "m")]) == 130
     assert "begins anew" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
