@@ -1,12 +1,13 @@
 """What a truncated spectrum leaves possible: curves that the concentration curve of all its values lies between.
 
-How bounds are found. Effective ranks, energies and errors depend only on the *concentration curve*
-P_j = Σ_{i≤j} σ_i^q / Σ σ_i^q, j = 0…p, with q = 1 or 2. It is concave. The certificate gives
-P^low_j ≤ P_j ≤ P^high_j: the leading part from the intervals of the values, the rest from the energy they leave
-(‖A‖²_F − Σs²) and the largest size a left-out value can have, either spread evenly or packed into as few values as
-possible. The least concave majorant of either side is again the curve of some distribution, and it lies below
-(above) every admissible curve: it is majorised by (majorises) the truth. Entropy and participation ratio are Schur-concave, so their values on the two envelopes bracket the truth
-(A. Marshall, I. Olkin and B. Arnold, "Inequalities", 2nd ed., ch. 3); ranks and errors are read off the envelopes.
+How bounds are found. Effective ranks, energies and errors depend only on the *concentration curve* P_j = Σ_{i≤j}
+σ_i^q / Σ σ_i^q, j = 0…p, with q = 1 or 2. It is concave. The certificate gives P^low_j ≤ P_j ≤ P^high_j: the leading
+part from the intervals of the values, the rest from the energy they leave (‖A‖²_F − Σs²) and the largest size a left-
+out value can have, either spread evenly or packed into as few values as possible. The least concave majorant of
+either side is again the curve of some distribution, and it lies below (above) every admissible curve: it is majorised
+by (majorises) the truth. Entropy and participation ratio are Schur-concave, so their values on the two envelopes
+bracket the truth (A. Marshall, I. Olkin and B. Arnold, "Inequalities", 2nd ed., ch. 3); ranks and errors are read off
+the envelopes.
 """
 
 from __future__ import annotations
