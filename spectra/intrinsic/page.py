@@ -220,8 +220,12 @@ def _glossary(found: IntrinsicDimension) -> list[tuple[str, str]]:
         (
             "Search",
             "From a first dimension by factors of four until one fails and one reaches the target, then by bisection "
-            "in log d; the two that enclose the crossing get every seed. Short pilots choose the learning rate of each "
-            "dimension by their training loss.",
+            "in log d; the two that enclose the crossing get every seed. "
+            + (
+                "Short pilots choose the learning rate of each dimension by their training loss."
+                if any(trial.ask.kind == "pilot" for trial in found.trials)
+                else "All dimensions share one learning rate."
+            ),
         ),
         (
             "Interval",

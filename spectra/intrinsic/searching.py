@@ -125,7 +125,7 @@ def search(
     fingerprint |= {"total": total, "smallest": smallest, "search": _settings(config)}
     with ExitStack() as stack:
         kept = stack.enter_context(TrialJournal(journal, fingerprint, resume=resume)) if journal is not None else None
-        bar = stack.enter_context(tqdm(total=config.runs, delay=2.0, disable=not progress, unit="training"))
+        bar = stack.enter_context(tqdm(total=config.runs, delay=2.0, disable=not progress, unit=" trainings"))
         bench = Bench(run, config, baseline=baseline, journal=kept, say=say, bar=bar)
         hunt = _Hunt(
             config,

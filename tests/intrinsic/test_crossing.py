@@ -144,3 +144,12 @@ def test_interval_holds_the_truth(noise: float, flags: dict[str, Any]) -> None:
     # At d90 the curve rises by 0.059 a unit of log d, and means of three seeds err by 0.008 to 0.013, target and all: a
     # crossing by 0.13 to 0.22, the mean of a hundred by a tenth of that.
     assert abs(float(np.mean(errors))) < 0.06
+
+
+def test_one_seed_has_the_binomial_noise_of_its_rows() -> None:
+    """Agresti and Coull's interval: two more right and two more wrong of 100."""
+    full, curve = levels([0.8], {64: [0.5]}, target=0.7, held_out=100)
+    for level, right in ((full, 82), (curve[64], 52)):
+        half = 1.96 * math.sqrt(right / 104 * (1 - right / 104) / 104)
+        assert level.high - level.mean == pytest.approx(half, rel=1e-12)
+        assert level.mean - level.low == pytest.approx(half, rel=1e-12)

@@ -65,6 +65,11 @@ def test_the_untouched_model_knows_nothing(base: str, task: Task) -> None:
     assert matrices > 10, "one number a matrix"
 
 
+def test_the_rule_is_twenty_times_the_full_rate_at_every_dimension(base: str, task: Task) -> None:
+    found = objective(base, task)
+    assert found.rate_rule(3) == found.rate_rule(3000) == pytest.approx(20 * 1e-2)
+
+
 def test_full_training_learns_and_repeats(base: str, task: Task) -> None:
     found = objective(base, task)
     first = found(ask("full", steps=60))

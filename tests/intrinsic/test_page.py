@@ -116,3 +116,13 @@ def test_figures_is_no_link(results: dict[str, IntrinsicDimension], tmp_path: Pa
     (tmp_path / "figures").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(JournalError, match="symbolic link"):
         write_page(results["reached"], tmp_path)
+
+
+def test_pilots_are_told_where_there_were_any(results: dict[str, IntrinsicDimension]) -> None:
+    result = results["reached"]
+    drawing, _ = draw(result)
+    told = render_page(result, drawing)
+    assert "Short pilots choose" in told
+    assert "share one learning rate" not in told
+    trials = tuple(trial for trial in result.trials if trial.ask.kind != "pilot")
+    assert "share one learning rate" in render_page(replace(result, trials=trials), drawing)

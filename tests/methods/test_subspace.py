@@ -16,6 +16,8 @@ from spectra.errors import MismatchError, UnsafeCheckpoint, UsageError
 from spectra.methods import LoRA, Subspace, inject, load_adapter, save_adapter
 from spectra.methods.subspace import SubspaceCore, layer_of
 from spectra.projections import PROJECTIONS, forward
+from spectra.train.checkpoint import fingerprint
+from spectra.train.config import TrainConfig
 from spectra.train.optimizers import parameter_groups
 from tests.methods.kinds import EVERYTHING, batch, in_float64, logits, make
 
@@ -126,6 +128,17 @@ def test_nothing_is_computed_twice_without_gradients(monkeypatch: pytest.MonkeyP
         assert len(calls) == len(core.places)
     loss_of(model).backward()
     assert core.coordinates.grad is not None
+
+
+def test_a_checkpoint_belongs_to_where_the_weights_started() -> None:
+    """Coordinates alone are saved: on other weights they would be another model, so a resumed run is told."""
+    prints = []
+    for seed in (0, 0, 1):
+        model = make("bert", seed)
+        inject(model, "", Subspace(dimension=8))
+        prints.append(fingerprint(model, TrainConfig(), batch(), 1))
+    assert prints[0] == prints[1]
+    assert prints[0]["frozen weights"] != prints[2]["frozen weights"]
 
 
 def test_tied_weights_stay_tied() -> None:
