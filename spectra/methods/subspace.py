@@ -21,6 +21,7 @@ from spectra.errors import UsageError
 from spectra.methods.injection import is_conv1d
 from spectra.methods.parts import take
 from spectra.projections import PROJECTIONS, Projection, make_projection, moved, smallest_dimension
+from spectra.projections.protocol import moved_all
 
 if TYPE_CHECKING:
     from spectra.methods.injection import Injection
@@ -29,6 +30,9 @@ NAME = "spectra_subspace"
 """The module of the model that holds the coordinates."""
 
 STRUCTURES = ("did", "said")
+
+# On the learning rate of SAID's scales.
+_SCALES_RATE = 10.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,9 @@ class Subspace:
     Notes
     -----
     The learning rate is full fine-tuning's: coordinates take √(D/d) times it, since columns of P have norm 1 and d of
-    them then move the D parameters as far in a step as Adam would move them one by one. SAID's scales take it too.
+    them then move the D parameters as far in a step as Adam would move them one by one. SAID's scales are relative, and
+    no such length is theirs: they take 10 times the rate, .01 a step at a rate of .001, so that a training of a hundred
+    steps may double one or take it away. √(D/d) would move them by .4 a step at d = 128 of MiniLM's 22.7 million.
 
     References
     ----------
@@ -207,9 +213,10 @@ class SubspaceCore(nn.Module):
         model.register_forward_pre_hook(self._before_forward)  # a bound method, which a copy of the model copies
 
     @property
-    def learning_rate_factor(self) -> float:
-        """√(D/d); see `Subspace`."""
-        return math.sqrt(self.total / self.method.dimension)
+    def learning_rate_factors(self) -> dict[str, float]:
+        """Of the coordinates √(D/d), of SAID's scales 10; see `Subspace`."""
+        factors = {"coordinates": math.sqrt(self.total / self.method.dimension)}
+        return factors if self.scales is None else factors | {"scales": _SCALES_RATE}
 
     @property
     def held(self) -> int:
@@ -223,9 +230,17 @@ class SubspaceCore(nn.Module):
 
     def weight(self, piece: int) -> torch.Tensor:
         """θ₀ + λ·Pθ_d of one piece, differentiable."""
-        scale = None if self.scales is None else self.scales[self._layer[piece]]
-        wide = torch.promote_types(torch.float32, self.coordinates.dtype)  # a model may be cast after it was injected
-        return moved(self.start(piece), self.coordinates.to(wide), scale, self.projection, piece)
+        return moved(self.start(piece), self._wide(), self._scale(piece), self.projection, piece)
+
+    def weights(self) -> list[torch.Tensor]:
+        """`weight` of every piece, made together."""
+        pieces = range(len(self.places))
+        return moved_all(
+            [self.start(piece) for piece in pieces],
+            self._wide(),
+            [self._scale(piece) for piece in pieces],
+            self.projection,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What it is given: a Sequential calls every module that it holds, and it may hold this one."""
@@ -242,8 +257,7 @@ class SubspaceCore(nn.Module):
         now = [parameter.detach() for parameter in self.parameters()]
         if not graph and self._filled is not None and all(map(_same, now, self._filled)):
             return
-        for piece, places in enumerate(self.places):
-            value = self.weight(piece)
+        for value, places in zip(self.weights(), self.places, strict=True):
             for name, key in places:
                 self._module(name)._buffers[key] = value
         self._filled = None if graph else [parameter.clone() for parameter in now]
@@ -308,6 +322,13 @@ class SubspaceCore(nn.Module):
         memo[id(self)] = twin
         twin.__dict__ = copy.deepcopy(self.__dict__, memo)
         return twin
+
+    def _wide(self) -> torch.Tensor:
+        """Coordinates as P takes them: a model may be cast after it was injected."""
+        return self.coordinates.to(torch.promote_types(torch.float32, self.coordinates.dtype))
+
+    def _scale(self, piece: int) -> torch.Tensor | None:
+        return None if self.scales is None else self.scales[self._layer[piece]]
 
     def _module(self, name: str) -> nn.Module:
         return self._owner[0].get_submodule(name)

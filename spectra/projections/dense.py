@@ -9,13 +9,13 @@ import torch
 
 from spectra.errors import UsageError
 from spectra.projections.draws import normal, stream
-from spectra.projections.protocol import check_shapes
+from spectra.projections.protocol import PieceByPiece, check_shapes
 
 LIMIT = 2 << 30
 """Bytes that a dense projection may take unless told otherwise."""
 
 
-class DenseProjection:
+class DenseProjection(PieceByPiece):
     """P of independent N(0, 1/D) entries (Li et al. 2018, section 2), in float32.
 
     Parameters

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from spectra.projections.draws import normal, stream
-from spectra.projections.protocol import check_shapes
+from spectra.projections.protocol import PieceByPiece, check_shapes
 
 
-class KroneckerProjection:
+class KroneckerProjection(PieceByPiece):
     r"""P whose piece for a tensor of shape (p, q) is L ⊗ R / √D, L of (p, a) and R of (q, b) standard normal numbers.
 
     The coordinates stand in a table X of (a, b), a = ⌈√d⌉ and b = ⌈d/a⌉, and the tensor moves by L X Rᵀ/√D: of

@@ -9,10 +9,10 @@ import torch
 
 from spectra.errors import UsageError
 from spectra.projections.draws import normal, stream
-from spectra.projections.protocol import check_shapes
+from spectra.projections.protocol import PieceByPiece, check_shapes
 
 
-class LowRankProjection:
+class LowRankProjection(PieceByPiece):
     r"""P whose piece for a matrix of shape (p, q) is vec(C) ↦ B C A, B of (p, r) and A of (r, q) orthonormal.
 
     The d coordinates are dealt evenly to the matrices, and fill C from its leading corner outward, so that d need not

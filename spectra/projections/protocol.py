@@ -7,7 +7,8 @@ that a column has expected squared norm 1, hence E‖Px‖² = ‖x‖² over dr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -45,13 +46,42 @@ class Projection(Protocol):
         """
         ...
 
+    def add_all(self, x: torch.Tensor, outs: Mapping[int, torch.Tensor], scales: Mapping[int, float]) -> None:
+        """`add` for several pieces; those without a scale have 1."""
+        ...
+
     def adjoint(self, y: torch.Tensor, piece: int) -> torch.Tensor:
         """The piece's share Pᵀy of the adjoint, (d,) of y's dtype."""
+        ...
+
+    def adjoint_all(self, ys: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """Sum of `adjoint` over several pieces, at least one."""
         ...
 
     def squared_norms(self) -> torch.Tensor:
         """Squared norms of P's columns, (d,) float64, exact to rounding."""
         ...
+
+
+class PieceByPiece(ABC):
+    """A projection that takes one piece after the other."""
+
+    @abstractmethod
+    def add(self, x: torch.Tensor, piece: int, out: torch.Tensor, *, scale: float = 1.0) -> None:
+        """See `Projection.add`."""
+
+    @abstractmethod
+    def adjoint(self, y: torch.Tensor, piece: int) -> torch.Tensor:
+        """See `Projection.adjoint`."""
+
+    def add_all(self, x: torch.Tensor, outs: Mapping[int, torch.Tensor], scales: Mapping[int, float]) -> None:
+        """See `Projection.add_all`."""
+        for piece, out in outs.items():
+            self.add(x, piece, out, scale=scales.get(piece, 1.0))
+
+    def adjoint_all(self, ys: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """See `Projection.adjoint_all`."""
+        return torch.stack([self.adjoint(y, piece) for piece, y in ys.items()]).sum(dim=0)
 
 
 def forward(projection: Projection, x: torch.Tensor) -> list[torch.Tensor]:
@@ -70,11 +100,8 @@ def forward(projection: Projection, x: torch.Tensor) -> list[torch.Tensor]:
     [(8, 4), (8,)]
     """
     check_vector(projection, x)
-    found = []
-    for piece, shape in enumerate(projection.shapes):
-        out = x.new_zeros(shape)
-        projection.add(x, piece, out)
-        found.append(out)
+    found = [x.new_zeros(shape) for shape in projection.shapes]
+    projection.add_all(x, dict(enumerate(found)), {})
     return found
 
 
@@ -98,10 +125,7 @@ def adjoint(projection: Projection, tensors: Sequence[torch.Tensor]) -> torch.Te
     got = tuple(tuple(tensor.shape) for tensor in tensors)
     if got != projection.shapes:
         raise UsageError(f"tensors of shapes {got} where the projection has {projection.shapes}")
-    found = projection.adjoint(tensors[0], 0)
-    for piece, tensor in enumerate(tensors[1:], start=1):
-        found += projection.adjoint(tensor, piece)
-    return found
+    return projection.adjoint_all(dict(enumerate(tensors)))
 
 
 def moved(
@@ -127,8 +151,33 @@ def moved(
     Tensor
         Of start's shape and dtype.
     """
-    found: torch.Tensor = _Moved.apply(start, x, scale, projection, piece)  # type: ignore[no-untyped-call]
-    return found
+    return moved_all([start], x, [scale], projection, first=piece)[0]
+
+
+def moved_all(
+    starts: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    scales: Sequence[torch.Tensor | None],
+    projection: Projection,
+    *,
+    first: int = 0,
+) -> list[torch.Tensor]:
+    """`moved` for as many pieces from `first` on, made together; gradients are pulled back one by one as they come.
+
+    So no gradient of the model's size is held, as one function of all pieces would.
+    """
+    pieces = range(first, first + len(starts))
+    outs = {
+        piece: start.detach().to(dtype=x.dtype, copy=True, memory_format=torch.contiguous_format)
+        for piece, start in zip(pieces, starts, strict=True)
+    }
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # one P in training, evaluation and merging
+        factors = {piece: float(scale) for piece, scale in zip(pieces, scales, strict=True) if scale is not None}
+        projection.add_all(x.detach(), outs, factors)
+    return [
+        _Moved.apply(outs.pop(piece).to(start.dtype), x, scale, projection, piece)  # type: ignore[no-untyped-call]
+        for piece, start, scale in zip(pieces, starts, scales, strict=True)
+    ]
 
 
 class _Moved(torch.autograd.Function):
@@ -136,14 +185,11 @@ class _Moved(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, start: torch.Tensor, x: torch.Tensor, scale: torch.Tensor | None, projection: Projection, piece: int
+        ctx: Any, image: torch.Tensor, x: torch.Tensor, scale: torch.Tensor | None, projection: Projection, piece: int
     ) -> torch.Tensor:
         ctx.projection, ctx.piece = projection, piece
         ctx.save_for_backward(x, scale)
-        found = start.detach().to(dtype=x.dtype, copy=True, memory_format=torch.contiguous_format)
-        with torch.autocast(x.device.type, enabled=False):  # P is one matrix in training, evaluation and merging
-            projection.add(x.detach(), piece, found, scale=1.0 if scale is None else float(scale))
-        return found.to(start.dtype)
+        return image
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from spectra.projections.draws import random_bytes, stream
-from spectra.projections.protocol import check_shapes
+from spectra.projections.protocol import PieceByPiece, check_shapes
 
 # Entries of P's table that are looked at together hold about so many that are not zero.
 _TOGETHER = 1 << 19
 
 
-class SparseProjection:
+class SparseProjection(PieceByPiece):
     r"""P whose entries are ±√s/√D with probability 1/(2s) each and 0 otherwise, independently, with s = √D.
 
     Achlioptas' projection at the density 1/√D of Li, Hastie and Church; a product costs d·√D additions.

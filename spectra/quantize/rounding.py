@@ -12,8 +12,8 @@ from functools import lru_cache
 import torch
 
 from spectra.errors import UsageError
+from spectra.linalg.threads import in_threads
 from spectra.quantize.formats import Format
-from spectra.quantize.threads import in_threads
 
 # Type that moves all levels of a byte as one element: a look-up costs the same for 4 and for 8 bytes.
 _BYTE_DTYPE = {1: torch.float32, 2: torch.complex64}

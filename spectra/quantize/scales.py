@@ -19,7 +19,7 @@ from spectra.quantize.rounding import boundaries
 
 SCALES_A_BLOCK = 256
 
-# Blocks rounded at a time: 24576 scales, which torch does not split over cores (see `spectra.quantize.threads`).
+# Blocks rounded at a time: 24576 scales, which torch does not split over cores (see `spectra.linalg.threads`).
 _BLOCKS_AT_ONCE = 96
 
 # bitsandbytes' CPU build rounds to one of 65536 even steps first and then to the nearest level; so does this.

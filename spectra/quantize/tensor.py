@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 
 from spectra.errors import NonFiniteMatrix, UsageError
+from spectra.linalg.threads import in_threads
 from spectra.quantize import kernels
 from spectra.quantize.formats import Format, as_format
 from spectra.quantize.rounding import decode, encode, pack
 from spectra.quantize.scales import DoubleScales, PlainScales, Scales
-from spectra.quantize.threads import in_threads
 
 Backend = Literal["auto", "torch", "bitsandbytes"]
 

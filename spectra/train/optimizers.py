@@ -55,13 +55,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """
     scales = [getattr(injection.method, "learning_rate_scale", None) for injection in injections(model)]
     factors = {
-        name: float(factor)
+        f"{name}.{key}": float(factor)
         for name, module in model.named_modules()
-        if isinstance(factor := getattr(module, "learning_rate_factor", None), float)
+        if isinstance(own := getattr(module, "learning_rate_factors", None), dict)
+        for key, factor in own.items()
     }
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in trained(model).items():
-        scale = factors.get(name.rpartition(".")[0], 1.0)
+        scale = factors.get(name, 1.0)
         for scale_of in filter(None, scales):
             scale *= float(scale_of(name))
         decay = weight_decay if sum(side > 1 for side in parameter.shape) > 1 else 0.0

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from spectra.methods import FullFineTune, Subspace, inject
-from spectra.projections import FastfoodProjection, forward
+from spectra.projections import FastfoodProjection, adjoint, forward
 from tests.benchmarks.steps import BATCH, LENGTH, classifier, stepper
 from tests.benchmarks.timing import Row, in_turn
 
@@ -30,12 +30,9 @@ def fastfood(rounds: int = 7) -> Iterator[Row]:
         x = torch.randn(dimension, generator=torch.Generator().manual_seed(0))
 
         def both(projection: FastfoodProjection = projection, x: torch.Tensor = x) -> float:
-            pulled = torch.zeros(len(x))
-            for piece, (target, start) in enumerate(zip(out, theta, strict=True)):
-                target.copy_(start)
-                projection.add(x, piece, target)
-                pulled += projection.adjoint(target, piece)
-            return float(pulled @ x)
+            copy()
+            projection.add_all(x, dict(enumerate(out)), {})
+            return float(adjoint(projection, out) @ x)
 
         def copy() -> None:
             for target, start in zip(out, theta, strict=True):
