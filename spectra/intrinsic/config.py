@@ -36,7 +36,8 @@ class SearchConfig:
     ratio : float
         The bracket is narrowed until its ends are no further apart.
     rates : tuple of float
-        Factors of the rule's learning rate, tried by pilots; one alone is taken without any.
+        Factors of the rule's learning rate, tried by pilots of two seeds, of which the worse counts; one alone is taken
+        without any.
     pilot_share : float
         Part of its steps that a pilot does.
     runs, minutes : float, optional

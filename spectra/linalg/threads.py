@@ -85,7 +85,7 @@ def each_in_threads(work: Callable[[_T], object], items: Sequence[_T]) -> None:
 
 @lru_cache(maxsize=4)
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads that are kept, each on one core (torch's setting is a thread's own); a forked process has none of them."""
+    """Threads that are kept, each on one core: torch's setting is a thread's own. A forked process has none of them."""
     return ThreadPoolExecutor(
         threads, thread_name_prefix="spectra-share", initializer=torch.set_num_threads, initargs=(1,)
     )

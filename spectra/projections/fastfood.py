@@ -18,7 +18,8 @@ from spectra.projections.protocol import check_shapes
 
 _T = TypeVar("_T")
 
-# Entries worked on at a time, which is part of what P is: a few such arrays of float32 fit the caches, and matrix products are long enough.
+# Entries worked on at a time, which is part of what P is: a few such arrays of float32 fit the caches, and matrix
+# products are long enough.
 _GROUP = 1 << 19
 # The last bits of an index within a block stand last in a group's layout, for one matrix product from the right.
 _LAST = 5

@@ -166,12 +166,23 @@ def test_pilots_find_the_rate() -> None:
     result = found(run, SearchConfig(steps=100))
     assert {p.learning_rate for p in result.curve} == {0.16}
     pilots = [ask for ask in run.asks if ask.kind == "pilot"]
-    assert all((ask.steps, ask.schedule_steps, ask.seed) == (20, 100, 0) for ask in pilots)
+    assert all((ask.steps, ask.schedule_steps) == (20, 100) for ask in pilots)
     first = pilots[0].dimension
-    assert sum(ask.dimension == first for ask in pilots) == 4  # three factors, and one beyond the end
-    later = {ask.dimension for ask in pilots} - {first}
-    assert later
-    assert all(sum(ask.dimension == d for ask in pilots) <= 2 for d in later)
+    for seed in (0, 1):
+        mine = [ask for ask in pilots if ask.seed == seed]
+        assert sum(ask.dimension == first for ask in mine) == 4  # three factors, and one beyond the end
+        later = {ask.dimension for ask in mine} - {first}
+        assert later
+        assert all(sum(ask.dimension == d for ask in mine) <= 2 for d in later)
+
+
+def test_a_rate_that_one_seed_does_not_bear_loses() -> None:
+    """Seed 0 likes .04 best; seed 1 fails there."""
+    hot = failing(
+        Synthetic(best_rate=0.04), lambda ask: ask.kind == "pilot" and ask.seed == 1 and (ask.learning_rate or 0) > 0.03
+    )
+    assert {p.learning_rate for p in found(Synthetic(best_rate=0.04)).curve} == {0.04}
+    assert {p.learning_rate for p in found(hot).curve} == {0.01}
 
 
 def test_one_rate_needs_no_pilot() -> None:

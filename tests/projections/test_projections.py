@@ -135,9 +135,8 @@ def test_threads() -> None:
     assert np.allclose(one, three, rtol=1e-11, atol=1e-14)
 
 
-# Sum of all entries of the last tensor for x = (1, 2, …, 9), and with weights 0, 1, 2, …: an adapter in a subspace is kept as numbers and a seed, so
-# that another P from the same seed would spoil every one of them. Low-rank bases come from a QR, whose rounding is
-# LAPACK's own.
+# Sum of all entries of the last tensor for x = (1, 2, …, 9), and with weights 0, 1, 2, …: an adapter in a subspace is
+# kept as numbers and a seed, so that another P from the same seed would spoil every one of them.
 KNOWN = {
     "fastfood": (-20.096956846022458, -28746.333799775763),
     "dense": (-9.04280626242803, -1355.6043884009796),
