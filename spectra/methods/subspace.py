@@ -31,9 +31,6 @@ NAME = "spectra_subspace"
 
 STRUCTURES = ("did", "said")
 
-# On the learning rate of SAID's scales.
-_SCALES_RATE = 10.0
-
 
 @dataclass(frozen=True)
 class Subspace:
@@ -62,9 +59,10 @@ class Subspace:
     Notes
     -----
     The learning rate is full fine-tuning's: coordinates take √(D/d) times it, since columns of P have norm 1 and d of
-    them then move the D parameters as far in a step as Adam would move them one by one. SAID's scales are relative, and
-    no such length is theirs: they take 10 times the rate, .01 a step at a rate of .001, so that a training of a hundred
-    steps may double one or take it away. √(D/d) would move them by .4 a step at d = 128 of MiniLM's 22.7 million.
+    them then move the D parameters as far in a step as Adam would move them one by one. SAID's scales take the same
+    rate, as in [2]_, where one optimizer moves both: .4 a step at d = 128 of MiniLM's 22.7 million, so that they, too,
+    decide how far a layer moves. It is what SAID gains by: on subjectivity (d = 128, one seed, 100 steps) accuracy was
+    .852 with it, .809 at 10 and .805 at 1 times full's rate; DID reached .798.
 
     References
     ----------
@@ -214,9 +212,9 @@ class SubspaceCore(nn.Module):
 
     @property
     def learning_rate_factors(self) -> dict[str, float]:
-        """Of the coordinates √(D/d), of SAID's scales 10; see `Subspace`."""
-        factors = {"coordinates": math.sqrt(self.total / self.method.dimension)}
-        return factors if self.scales is None else factors | {"scales": _SCALES_RATE}
+        """√(D/d) for all that trains; see `Subspace`."""
+        factor = math.sqrt(self.total / self.method.dimension)
+        return {name: factor for name, _ in self.named_parameters()}
 
     @property
     def held(self) -> int:
