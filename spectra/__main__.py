@@ -14,9 +14,11 @@ from spectra.version import __version__
 VERBS = {
     "report": ("spectra.report.__main__", "command", "What fine-tuning did to the weights, as a report."),
     "extract": ("spectra.extract.__main__", "command", "A fine-tune as a LoRA adapter of PEFT."),
+    "compose": ("spectra.compose.__main__", "command", "Updates of one model merged, and how far they interfere."),
     "importance": ("spectra.importance.__main__", "command", "Which directions a training's gradients would keep."),
     "train": ("spectra.train.__main__", "command", "Fine-tune a model on texts, by one method or several."),
     "intrinsic": ("spectra.intrinsic.__main__", "command", "How few numbers a task needs: the search for d90."),
+    "quantize": ("spectra.quantized.command", "command", "What quantizing a model's matrices loses."),
     "examples": ("spectra.examples", "main", "Print the local path of a real checkpoint or text."),
 }
 

@@ -28,6 +28,7 @@ from spectra.inputs import (
 )
 from spectra.linalg.route import Route, choose
 from spectra.record import Question, Record, described
+from spectra.requantized import requantized, scheme_of_base
 from spectra.run import Run
 from spectra.schedule import journalled, measure_all, resident_bytes
 
@@ -81,11 +82,17 @@ class Plan:
         """Bytes to read from both checkpoints."""
         return sum(delta.base_info.nbytes + delta.tuned_info.nbytes for delta in self.deltas.values())
 
+    @property
+    def _quantized(self) -> list[str]:
+        name = self.settings["quantized"]
+        return [] if name in (None, "no") else [f"the base stood in {name}: updates are taken from what it rounds to"]
+
     def lines(self) -> list[str]:
         """The plan in words, for a terminal."""
         said = [
             f"{self.pairing.matched} of {self.pairing.total} tensors match ({self.pairing.share:.1%})",
             *self.pairing.transforms,
+            *self._quantized,
             f"{len(self.deltas)} updates to measure, {self.bytes / 1e6:,.0f} MB to read",
         ]
         groups: dict[str, list[str]] = {}
@@ -117,10 +124,11 @@ def plan(
     trust_pickle: bool = False,
     offline: bool = False,
     allow_partial: bool = False,
+    quantized: str | None = None,
 ) -> Plan:
     """Open and pair two checkpoints, and say what comparing them would do; only headers are read.
 
-    Parameters are those of `compare`.
+    Parameters are those of `compare`. With ``quantized="auto"`` a few matrices are read, too.
 
     Returns
     -------
@@ -162,11 +170,16 @@ def plan(
     }
     limit = physical_memory() // 2 if max_memory is None else max_memory
     names = {pair.name for pair in pairs}
+    left = {name: delta for name, delta in found.items() if name in names}
+    scheme = scheme_of_base(left, quantized)
+    if scheme is not None:
+        left = requantized(left, scheme)
+    settings["quantized"] = scheme.name if scheme is not None else "no" if quantized == "no" else None
     return Plan(
         opened_base,
         opened_tuned,
         pairing,
-        {name: delta for name, delta in found.items() if name in names},
+        left,
         records,
         Question(rank=rank, seed=seed, max_bytes=limit, device=device),
         exact,
@@ -191,6 +204,7 @@ def compare(
     trust_pickle: bool = False,
     offline: bool = False,
     allow_partial: bool = False,
+    quantized: str | None = None,
     progress: bool = True,
 ) -> Run:
     """Measure the update of every tensor between two checkpoints.
@@ -224,6 +238,11 @@ def compare(
         Never ask the hub.
     allow_partial : bool
         Go on where fewer than 95 % of the tensors match.
+    quantized : str, optional
+        What the base stood in while the update was trained, ``"nf4"`` for instance (`spectra.quantize.Scheme.parse`):
+        the update is then taken from the quantized weights, and its lie to their error is told. ``"auto"`` looks
+        whether the tuned weights betray one of bitsandbytes' formats, or a QLoRA folder of this project names its own;
+        ``"no"`` and None do not look.
     progress : bool
         Show a bar for anything longer than two seconds.
 
@@ -267,6 +286,7 @@ def compare(
         trust_pickle=trust_pickle,
         offline=offline,
         allow_partial=allow_partial,
+        quantized=quantized,
     )
     return execute(todo, out=out, jobs=jobs, resume=resume, progress=progress)
 

@@ -72,12 +72,12 @@ class Delta:
 
     def weights(self) -> torch.Tensor:
         """Read W, (rows, cols), in its stored dtype, as the update sees it."""
-        return as_rows(_viewed(self.base[self.base_name], self.view, "base"))
+        return as_rows(viewed(self.base[self.base_name], self.view, "base"))
 
     def difference(self) -> Difference:
         """Read both tensors and subtract."""
         base = self.weights()
-        tuned = as_rows(_viewed(self.tuned[self.tuned_name], self.view, "tuned"))
+        tuned = as_rows(viewed(self.tuned[self.tuned_name], self.view, "tuned"))
         if base.shape != tuned.shape:
             raise MatrixError(f"{self.name}: base is {tuple(base.shape)} but tuned is {tuple(tuned.shape)}")
         return difference(base, tuned, self.base_info.dtype, self.tuned_info.dtype, name=self.name)
@@ -264,7 +264,8 @@ def _steps(view: str, side: str) -> Iterator[tuple[str, int]]:
             yield "rows", int(rest[0])
 
 
-def _viewed(tensor: torch.Tensor, view: str, side: str) -> torch.Tensor:
+def viewed(tensor: torch.Tensor, view: str, side: str) -> torch.Tensor:
+    """What a view takes of one side's stored tensor."""
     for kind, number in _steps(view, side):
         tensor = tensor[number] if kind == "expert" else tensor.T if kind == "transpose" else tensor[:number]
     return tensor

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -43,6 +43,8 @@ class Difference:
         Share of entries that are exactly equal on both sides.
     merge_loss : float
         For an adapter, ‖round(W + Δ) − (W + Δ)‖_F / ‖Δ‖_F on the grid of the base's dtype; NaN otherwise.
+    more : mapping of str to float
+        Further columns of its row, of updates that know more (`spectra.requantized`).
     """
 
     matrix: torch.Tensor
@@ -51,6 +53,7 @@ class Difference:
     floor: StorageFloor
     zero_fraction: float
     merge_loss: float = math.nan
+    more: Mapping[str, float] = field(default_factory=dict)
 
     def spectrum(
         self,

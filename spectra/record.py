@@ -91,6 +91,9 @@ COLUMNS = (
     "storage_frobenius",
     "zero_fraction",
     "merge_loss",
+    "quantization_frobenius",
+    "quantization_projection",
+    "quantization_cosine",
     "signal_rank",
     "stable_rank",
     "entropy_rank",
@@ -232,6 +235,7 @@ def _read(delta: AnyDelta, question: Question) -> tuple[Record, Spectrum | Diffe
         "storage_frobenius": found.floor.frobenius,
         "zero_fraction": found.zero_fraction,
         "merge_loss": found.merge_loss,
+        **found.more,
     }
     if min(rows, cols) == 1:
         return {**row, "status": "vector"}, None

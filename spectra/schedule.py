@@ -246,9 +246,9 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def resident_bytes(delta: AnyDelta) -> int:
-    """Bytes of both stored tensors and of their difference."""
+    """Bytes of both tensors as they are read, and of their difference."""
     wide = 8 if "F64" in (delta.base_info.dtype, delta.tuned_info.dtype) else 4
-    return delta.base_info.nbytes + delta.tuned_info.nbytes + wide * math.prod(delta.shape)
+    return delta.base_info.read_bytes + delta.tuned_info.read_bytes + wide * math.prod(delta.shape)
 
 
 def _peak_bytes(delta: AnyDelta) -> int:

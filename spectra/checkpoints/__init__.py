@@ -6,5 +6,6 @@ from spectra.checkpoints.adapter import Adapter
 from spectra.checkpoints.checkpoint import Checkpoint, TensorInfo
 from spectra.checkpoints.digests import FileDigest
 from spectra.checkpoints.opening import open_checkpoint
+from spectra.checkpoints.quantization import Quantization
 
-__all__ = ["Adapter", "Checkpoint", "FileDigest", "TensorInfo", "open_checkpoint"]
+__all__ = ["Adapter", "Checkpoint", "FileDigest", "Quantization", "TensorInfo", "open_checkpoint"]

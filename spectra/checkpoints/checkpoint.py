@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 import torch
 
 from spectra.checkpoints.digests import FULL_BELOW, FileDigest, digest_files
+from spectra.checkpoints.element_types import BITS
+from spectra.checkpoints.quantization import Quantization
 from spectra.checkpoints.strict_json import shown
 from spectra.errors import UnsafeCheckpoint, UsageError
 
@@ -33,6 +36,9 @@ class TensorInfo:
         File that stores it, relative to the checkpoint's folder.
     nbytes : int
         Bytes it takes in the file.
+    quantization : Quantization or None
+        How it was quantized, where it is read dequantized; `dtype` and `shape` are then what reading gives, and
+        `nbytes` counts codes and scales.
     """
 
     name: str
@@ -40,6 +46,12 @@ class TensorInfo:
     shape: tuple[int, ...]
     file: str
     nbytes: int
+    quantization: Quantization | None = None
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of what reading gives: `nbytes`, but for tensors that are dequantized, up to eight times as many."""
+        return self.nbytes if self.quantization is None else math.prod(self.shape) * BITS[self.dtype] // 8
 
 
 class TensorFile(Protocol):
@@ -133,7 +145,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self.notes: tuple[str, ...] = (*notes, *(note for file in files for note in file.notes))
         self._files = tuple(files)
         self._beside = tuple(beside)
-        self._place = _place(self._files)
+        self._place = places(self._files)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Read a tensor into fresh memory in its stored dtype; KeyError for a name that is not there."""
@@ -221,7 +233,14 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return self._files[place]
 
 
-def _place(files: Sequence[TensorFile]) -> dict[str, int]:
+def places(files: Sequence[TensorFile]) -> dict[str, int]:
+    """Which of the files stores each tensor, as an index into them.
+
+    Raises
+    ------
+    UnsafeCheckpoint
+        Two of them store a tensor of the same name.
+    """
     place = {name: index for index, file in enumerate(files) for name in file.infos}
     if len(place) != sum(len(file.infos) for file in files):
         counts = Counter(name for file in files for name in file.infos)

@@ -17,6 +17,7 @@ CONFIG_LIMIT = 10_000_000
 
 SAFETENSORS = (".safetensors",)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+GGUF = (".gguf",)
 
 # In the order in which transformers and diffusers look for them.
 _PREFERRED = ("model", "diffusion_pytorch_model", "pytorch_model")
@@ -27,7 +28,6 @@ _TRAINING_STATE = re.compile(
 )
 
 _REFUSED = (
-    (re.compile(r".*\.gguf"), "GGUF files have no reader in this version; compare the safetensors they were made from"),
     (re.compile(r".*\.onnx"), "ONNX graphs have no reader here; compare the safetensors they were exported from"),
     (
         re.compile(r"\.metadata|.*\.distcp"),
@@ -44,6 +44,8 @@ _REFUSED = (
         "this format has no reader here; save the tensors with safetensors.torch.save_file",
     ),
 )
+# Kinds of which two files without numbers are two checkpoints.
+_ALONE = {"pickle": "pickles", "gguf": "GGUF files"}
 _TOKENIZER = re.compile(r"(tokenizer.*|vocab\..*|merges\.txt|special_tokens_map\.json|.*\.model|added_tokens\.json)")
 
 
@@ -54,7 +56,7 @@ class Choice:
     Attributes
     ----------
     kind : str
-        ``"safetensors"``, ``"pickle"`` or ``"adapter"``.
+        ``"safetensors"``, ``"pickle"``, ``"gguf"`` or ``"adapter"``.
     files : tuple of str
         Tensor files, relative to the folder; empty where the `index` names them.
     index : str or None
@@ -72,7 +74,8 @@ class Choice:
 def choose(names: Collection[str], *, trust_pickle: bool, where: str) -> Choice:
     """Choose the files that hold the weights from the names in a folder or repository.
 
-    Safetensors come before pickles, a single file before an index, as in transformers.
+    Safetensors come before pickles, a single file before an index, as in transformers. A GGUF file, which is rounded
+    as a rule, is chosen only where neither stands beside it.
 
     Parameters
     ----------
@@ -106,6 +109,8 @@ def choose(names: Collection[str], *, trust_pickle: bool, where: str) -> Choice:
         return chosen
     pickles = [name for name in weights if not _TRAINING_STATE.fullmatch(name)]
     chosen = _choose_ending(pickles, "pickle", PICKLES, where) if trust_pickle else None
+    if chosen is None and not any(name.endswith(PICKLES) for name in pickles):
+        chosen = _choose_ending(weights, "gguf", GGUF, where)
     if chosen is not None:
         return chosen
     raise _nothing_chosen(names, top, pickles, where)
@@ -165,8 +170,8 @@ def _choose_without_index(files: list[str], kind: str, where: str) -> Choice:
     left = [name for name in files if name not in others] if others else []
     files = others or files
     _check_numbering(files, where)
-    if kind == "pickle" and len(files) > 1 and not all(_SHARD.fullmatch(name) for name in files):
-        raise UnsupportedFormat(f"{where} holds several pickles ({listed(files)}); name the one to read")
+    if kind in _ALONE and len(files) > 1 and not all(_SHARD.fullmatch(name) for name in files):
+        raise UnsupportedFormat(f"{where} holds several {_ALONE[kind]} ({listed(files)}); name the one to read")
     return Choice(kind, tuple(files), notes=_left_out(files[0], left))
 
 

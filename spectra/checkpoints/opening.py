@@ -8,8 +8,10 @@ from pathlib import Path
 
 from spectra.checkpoints import hub
 from spectra.checkpoints.adapter import Adapter
+from spectra.checkpoints.bitsandbytes import dequantizing
 from spectra.checkpoints.checkpoint import Checkpoint, TensorFile
 from spectra.checkpoints.folder import (
+    GGUF,
     PICKLES,
     SAFETENSORS,
     Choice,
@@ -22,6 +24,7 @@ from spectra.checkpoints.folder import (
     refusal,
     untrusted,
 )
+from spectra.checkpoints.gguf import GgufFile
 from spectra.checkpoints.safetensors import SafetensorsFile
 from spectra.checkpoints.torch_pickle import TorchPickleFile
 from spectra.errors import CheckpointError, CheckpointNotFound, UnsupportedFormat
@@ -39,8 +42,9 @@ def open_checkpoint(
     Parameters
     ----------
     ref : str or path
-        A folder, a tensor file, an index, or an id on the Hugging Face hub: ``"name"``, ``"org/name"`` or
-        ``"org/name@revision"``. What exists on this machine is never looked up on the hub; nor is a ``Path``.
+        A folder, a tensor file (``.safetensors`` or ``.gguf``), an index, or an id on the Hugging Face hub:
+        ``"name"``, ``"org/name"`` or ``"org/name@revision"``. What exists on this machine is never looked up on the
+        hub; nor is a ``Path``.
     trust_pickle : bool
         Read ``.bin``, ``.pt``, ``.pth`` and ``.ckpt`` files, with torch's ``weights_only`` unpickler, where no
         safetensors stand beside them.
@@ -59,7 +63,7 @@ def open_checkpoint(
     CheckpointNotFound
         No such file, folder, hub id or revision; no weights there; a shard is missing.
     UnsupportedFormat
-        The format has no reader here; the message gives the way out.
+        The format, or a type in it, has no reader here; the message gives the way out.
     UnsafeCheckpoint
         A file contradicts itself or its index, leads out of its folder, or is a pickle that is not trusted.
     CheckpointError
@@ -71,8 +75,8 @@ def open_checkpoint(
     >>> from safetensors.torch import save_file
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_file({"query.weight": torch.ones(3, 2)}, f"{folder}/model.safetensors")
-    ...     dict(open_checkpoint(folder).infos())
-    {'query.weight': TensorInfo(name='query.weight', dtype='F32', shape=(3, 2), file='model.safetensors', nbytes=24)}
+    ...     open_checkpoint(folder).info("query.weight")
+    TensorInfo(name='query.weight', dtype='F32', shape=(3, 2), file='model.safetensors', nbytes=24, quantization=None)
     """
     name = os.fspath(ref)
     try:
@@ -106,10 +110,10 @@ def _open_local(
     # A file that the user named may be a link to anywhere; one that a folder or an index named may not.
     named = path.name if path is not folder else None
     paths = [path if name == named else contained(folder, name) for name in names]
-    files = [_open_file(file, name, kind=choice.kind) for file, name in zip(paths, names, strict=True)]
+    stored = [_open_file(file, name, kind=choice.kind) for file, name in zip(paths, names, strict=True)]
     config, config_path = read_config(folder)
     checkpoint = Checkpoint(
-        files,
+        _put_together(stored),
         ref=ref,
         root=path,
         revision=revision,
@@ -118,7 +122,7 @@ def _open_local(
         notes=(*notes, *choice.notes),
     )
     for source in index:
-        cross_check(weight_map, zip(names, files, strict=True), source)
+        cross_check(weight_map, zip(names, stored, strict=True), source)
     return checkpoint
 
 
@@ -143,13 +147,23 @@ def _choose_file(path: Path, *, trust_pickle: bool) -> Choice:
     if name.endswith((*SAFETENSORS, *PICKLES)):
         is_adapter = name.startswith("adapter_model.") and (path.parent / "adapter_config.json").exists()
         return Choice("adapter" if is_adapter else kind, (name,))
+    if name.endswith(GGUF):
+        return Choice("gguf", (name,))
     raise UnsupportedFormat(
-        f"{path}: there are readers for *.safetensors, *.safetensors.index.json, and with trust_pickle for "
+        f"{path}: there are readers for *.safetensors, *.safetensors.index.json, *.gguf, and with trust_pickle for "
         f"{', '.join('*' + ending for ending in PICKLES)}; a file's ending says which it is"
     )
+
+
+def _put_together(stored: Sequence[TensorFile]) -> Sequence[TensorFile]:
+    """Tensors as the model knows them: what stores one as several tensors does so over all shards at once."""
+    safe = [file for file in stored if isinstance(file, SafetensorsFile)]
+    return dequantizing(safe) if len(safe) == len(stored) else stored
 
 
 def _open_file(path: Path, name: str, *, kind: str) -> TensorFile:
     if kind == "safetensors":
         return SafetensorsFile(path, name=name)
+    if kind == "gguf":
+        return GgufFile(path, name=name)
     return TorchPickleFile(path, name=name)

@@ -37,8 +37,8 @@ _STRIDE = 4  # from a start that is wrong by a factor of 1 000 five trainings br
 # at .73. It is not lost for good either: the ends of the final bracket are trained to their end.
 _HOPELESS = 0.25
 
-# Seeds of a pilot. MiniLM on subjectivity, pilots of 20 steps of one seed: four times the rule's rate won at d = 256 and
-# 362, and in the trainings that followed seed 0 reached .84 and .87 and seed 1 diverged to .48 and .50.
+# Seeds of a pilot. MiniLM on subjectivity, pilots of 20 steps of one seed: four times the rule's rate won at d = 256
+# and 362, and in the trainings that followed seed 0 reached .84 and .87 and seed 1 diverged to .48 and .50.
 _PILOTS = 2
 
 

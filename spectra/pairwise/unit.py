@@ -121,7 +121,7 @@ class Asked:
         rows, cols = unit.shape
         p, count = min(rows, cols), min(self.rank, rows, cols)
         wide = 8 if any("F64" in (d.base_info.dtype, d.tuned_info.dtype) for d in unit.present) else 4
-        stored = unit.model.base_info.nbytes + max((d.tuned_info.nbytes for d in unit.dense), default=0)
+        stored = unit.model.base_info.read_bytes + max((d.tuned_info.read_bytes for d in unit.dense), default=0)
         matrices = stored + wide * rows * cols * (len(unit.dense) + 2)
         held = 8 * (rows + cols) * count * (len(unit.present) + 2)
         if whole:

@@ -1,9 +1,10 @@
-"""Weights in four or eight bits: code books, block scales, and the linear map that dequantizes on the fly."""
+"""Weights in two to eight bits: code books, block scales, and the linear map that dequantizes on the fly."""
 
 from spectra.quantize.formats import FORMATS, FP4, INT4, INT8, NF4, Format, as_format
 from spectra.quantize.linear import QuantizedLinear
 from spectra.quantize.loftq import loftq
 from spectra.quantize.optimizers import paged_adamw
+from spectra.quantize.scheme import Scheme
 from spectra.quantize.tensor import QuantizedTensor, quantize
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Format",
     "QuantizedLinear",
     "QuantizedTensor",
+    "Scheme",
     "as_format",
     "loftq",
     "paged_adamw",

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from spectra.errors import UsageError
+from spectra.quantize.formats import FP4, NF4
 
 if TYPE_CHECKING:
     from spectra.quantize.tensor import QuantizedTensor
 
-_FORMATS = ("nf4", "fp4")
+_FORMATS = (NF4, FP4)
 _BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,8 +30,8 @@ def installed() -> bool:
 
 def obstacle(quantized: QuantizedTensor) -> str | None:
     """Why bitsandbytes' kernel cannot take a tensor, or None."""
-    if quantized.format.name not in _FORMATS:
-        return f"it knows {' and '.join(_FORMATS)}, not {quantized.format.name}"
+    if quantized.format not in _FORMATS:
+        return f"it knows {' and '.join(f.name for f in _FORMATS)}, not {quantized.format.name}"
     if quantized.block not in _BLOCKS:
         return f"it knows blocks of {', '.join(map(str, _BLOCKS))} entries, not {quantized.block}"
     if quantized.count % 2:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from spectra.quantize.formats import Format
-from spectra.quantize.scales import DoubleScales, PlainScales
+from spectra.quantize.scales import ScaleStorage, from_tensors
 from spectra.quantize.tensor import QuantizedTensor, quantize
 
 
@@ -50,11 +50,19 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("codes", quantized.codes)
         for name, tensor in quantized.scales.tensors().items():
             self.register_buffer(name, tensor)
+        if quantized.book is not None:
+            self.register_buffer("book", quantized.book)
         self.register_buffer("dense", None, persistent=False)
 
     @classmethod
     def of(
-        cls, module: nn.Module, format: str | Format = "nf4", *, block: int = 64, double: bool = True
+        cls,
+        module: nn.Module,
+        format: str | Format = "nf4",
+        *,
+        block: int | None = 64,
+        double: bool = True,
+        scales: ScaleStorage | None = None,
     ) -> QuantizedLinear:
         """Quantize a Linear, or a Conv1D by its transpose; the bias is taken over as it is.
 
@@ -62,7 +70,7 @@ class QuantizedLinear(nn.Module):
         ----------
         module : Module
             torch's Linear, or transformers' Conv1D.
-        format, block, double
+        format, block, double, scales
             As `quantize`, whose errors this raises.
 
         Examples
@@ -74,7 +82,7 @@ class QuantizedLinear(nn.Module):
         transposed = not isinstance(module, nn.Linear)
         weight = module.weight
         assert isinstance(weight, torch.Tensor)  # for the type checker: linear maps hold one
-        quantized = quantize(weight.t() if transposed else weight, format, block=block, double=double)
+        quantized = quantize(weight.t() if transposed else weight, format, block=block, double=double, scales=scales)
         bias = module.bias
         return cls(quantized, bias if isinstance(bias, nn.Parameter) else None, fan_in_fan_out=transposed)
 
@@ -82,13 +90,8 @@ class QuantizedLinear(nn.Module):
     def quantized(self) -> QuantizedTensor:
         """The weight as a value; its tensors are this module's."""
         buffers: dict[str, Any] = self._buffers
-        scales = (
-            DoubleScales(buffers["absmax"], buffers["nested_absmax"], buffers["offset"])
-            if "offset" in buffers
-            else PlainScales(buffers["absmax"])
-        )
-        shape = (self.out_features, self.in_features)
-        return QuantizedTensor(self.format, shape, self.dtype, self.block, buffers["codes"], scales)
+        shape, scales, book = (self.out_features, self.in_features), from_tensors(buffers), buffers.get("book")
+        return QuantizedTensor(self.format, shape, self.dtype, self.block, buffers["codes"], scales, book)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Scales of blocks: one float32 each, or eight bits each by double quantization.
+"""Scales of blocks: one float32 or bfloat16 each, or eight bits each by double quantization; with a minimum beside.
 
 Double quantization (Dettmers et al., "QLoRA", NeurIPS 2023, section 3) takes the scales' mean off, rounds what is
 left to an 8-bit code book with blocks of 256, and keeps one float32 a block of scales: 8/64 + 32/(64·256) = 0.127
@@ -7,17 +7,23 @@ bits a weight at blocks of 64, in place of 0.5.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
+from spectra.errors import UsageError
 from spectra.quantize.formats import Format
 from spectra.quantize.rounding import boundaries
 
+ScaleStorage = Literal["double", "fp32", "bf16"]
+
 SCALES_A_BLOCK = 256
+
+# Smallest scale that is divided by, as in bitsandbytes: a block of smaller numbers shrinks to zeros.
+LEAST_SCALE = 1e-38
 
 # Blocks rounded at a time: 24576 scales, which torch does not split over cores (see `spectra.linalg.threads`).
 _BLOCKS_AT_ONCE = 96
@@ -38,6 +44,10 @@ class Scales(Protocol):
         """Scales, (blocks,) float32."""
         ...
 
+    def minima(self) -> torch.Tensor | None:
+        """What is added to a block's scaled levels, (blocks,) float32; None where nothing is."""
+        ...
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is stored, by name."""
         ...
@@ -49,11 +59,11 @@ class Scales(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PlainScales:
-    """One float32 a block.
+    """One float32 or bfloat16 a block.
 
     Attributes
     ----------
-    absmax : Tensor of shape (blocks,), float32
+    absmax : Tensor of shape (blocks,), float32 or bfloat16
     """
 
     absmax: torch.Tensor
@@ -65,7 +75,10 @@ class PlainScales:
 
     def values(self) -> torch.Tensor:
         """Scales, (blocks,) float32."""
-        return self.absmax
+        return self.absmax.float()
+
+    def minima(self) -> None:
+        """None: levels are scaled alone."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is stored, by name."""
@@ -112,6 +125,9 @@ class DoubleScales:
         scaled = _in_blocks(levels) * self.nested_absmax[:, None]
         return scaled.flatten()[: len(self.absmax)] + self.offset
 
+    def minima(self) -> None:
+        """None: levels are scaled alone."""
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is stored, by name."""
         return {"absmax": self.absmax, "nested_absmax": self.nested_absmax, "offset": self.offset}
@@ -119,6 +135,132 @@ class DoubleScales:
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> DoubleScales:
         """The same scales with every stored tensor changed."""
         return DoubleScales(change(self.absmax), change(self.nested_absmax), change(self.offset))
+
+
+@dataclass(frozen=True, eq=False)
+class AffineScales:
+    """A span and a minimum a block, stored alike.
+
+    Attributes
+    ----------
+    span : PlainScales or DoubleScales
+        What a block's levels, 0 to 1, are multiplied by.
+    minimum : PlainScales or DoubleScales
+        What is added to them then.
+    """
+
+    span: PlainScales | DoubleScales
+    minimum: PlainScales | DoubleScales
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.span.nbytes + self.minimum.nbytes
+
+    def values(self) -> torch.Tensor:
+        """Spans, (blocks,) float32, none negative."""
+        return self.span.values().clamp_min(0.0)
+
+    def minima(self) -> torch.Tensor:
+        """Minima, (blocks,) float32."""
+        return self.minimum.values()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What is stored, by name."""
+        return self.span.tensors() | {_MINIMUM + name: t for name, t in self.minimum.tensors().items()}
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> AffineScales:
+        """The same scales with every stored tensor changed."""
+        return AffineScales(self.span.map(change), self.minimum.map(change))
+
+
+_MINIMUM = "minimum_"
+
+
+def store(values: torch.Tensor, storage: ScaleStorage) -> PlainScales | DoubleScales:
+    """Keep the scales of absmax formats in a storage.
+
+    bfloat16 takes the nearest. A block's largest entry may then stand out of its levels by 2⁻⁸ of the scale, and is
+    rounded to the outermost one: half a gap of eight even bits is 1/254, so that no entry is further off than half a
+    gap, in any format. Rounding up would let none stand out, and cost more than it saved: with normal entries and
+    blocks of 64, 0.3 % of the squared error of NF4 and 2.5 % of INT8's, against 0.0001 % and 0.9 %.
+
+    Parameters
+    ----------
+    values : Tensor of shape (blocks,), float32
+        Finite and not negative.
+    storage : {"double", "fp32", "bf16"}
+
+    Examples
+    --------
+    >>> store(torch.tensor([1.0, 1.001]), "bf16").values()
+    tensor([1., 1.])
+    """
+    if storage == "double":
+        return DoubleScales.of(values)
+    if storage == "fp32":
+        return PlainScales(values)
+    return PlainScales(values.clamp_max(torch.finfo(torch.bfloat16).max).to(torch.bfloat16))
+
+
+def store_affine(low: torch.Tensor, high: torch.Tensor, storage: ScaleStorage) -> AffineScales:
+    """Keep least and largest entries as minima and spans.
+
+    In bfloat16 a minimum is rounded down, and a span, which reaches from there to the largest entry, up: what a
+    minimum far from zero loses may be many gaps of a short span, and an entry left out of it would be as far off.
+
+    Parameters
+    ----------
+    low, high : Tensor of shape (blocks,), float32
+        Finite.
+    storage : {"double", "fp32", "bf16"}
+
+    Raises
+    ------
+    UsageError
+        If a block's span is beyond float32.
+
+    Examples
+    --------
+    >>> scales = store_affine(torch.tensor([-1.0]), torch.tensor([3.0]), "fp32")
+    >>> scales.values(), scales.minima()
+    (tensor([4.]), tensor([-1.]))
+    """
+    bf16 = storage == "bf16"
+    minimum = PlainScales(_downwards(low)) if bf16 else store(low, storage)
+    span = (high - minimum.values()).clamp_min_(0.0)
+    if not bool(torch.isfinite(span).all()):
+        raise UsageError("a block spans more than float32 holds: halve the tensor first, or take an absmax format")
+    return AffineScales(PlainScales(-_downwards(-span)) if bf16 else store(span, storage), minimum)
+
+
+def from_tensors(tensors: Mapping[str, torch.Tensor]) -> PlainScales | DoubleScales | AffineScales:
+    """Scales again from what `Scales.tensors` gave; other names are passed over.
+
+    Examples
+    --------
+    >>> scales = store_affine(torch.tensor([-1.0]), torch.tensor([3.0]), "double")
+    >>> from_tensors(scales.tensors()).tensors() == scales.tensors()
+    True
+    """
+    found = (
+        DoubleScales(tensors["absmax"], tensors["nested_absmax"], tensors["offset"])
+        if "offset" in tensors
+        else PlainScales(tensors["absmax"])
+    )
+    minimum = {name.removeprefix(_MINIMUM): t for name, t in tensors.items() if name.startswith(_MINIMUM)}
+    if not minimum:
+        return found
+    beside = from_tensors(minimum)
+    assert not isinstance(beside, AffineScales)  # for the type checker: no name has the prefix twice
+    return AffineScales(found, beside)
+
+
+def _downwards(values: torch.Tensor) -> torch.Tensor:
+    """The largest bfloat16 not above each number, or the least there is."""
+    bits = values.view(torch.int32)
+    bits = torch.where(bits < 0, bits + 0xFFFF, bits) & ~0xFFFF  # the lower half of a negative number's size goes up
+    return bits.view(torch.float32).clamp_min_(torch.finfo(torch.bfloat16).min).to(torch.bfloat16)
 
 
 def dynamic_map() -> Format:

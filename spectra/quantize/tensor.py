@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from spectra.errors import NonFiniteMatrix, UsageError
 from spectra.linalg.threads import in_threads
-from spectra.quantize import kernels
+from spectra.quantize import kernels, lloyd
 from spectra.quantize.formats import Format, as_format
-from spectra.quantize.rounding import decode, encode, pack
-from spectra.quantize.scales import DoubleScales, PlainScales, Scales
+from spectra.quantize.packing import CODES_A_WORD, pack, packed_bytes
+from spectra.quantize.rounding import decode, encoder
+from spectra.quantize.scales import LEAST_SCALE, AffineScales, Scales, ScaleStorage, store, store_affine
 
 Backend = Literal["auto", "torch", "bitsandbytes"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Smallest scale that is divided by, as in bitsandbytes: a block of smaller numbers shrinks to zeros.
-_LEAST = 1e-38
+_STORAGES = get_args(ScaleStorage)
 
 # Entries quantized at a time. 1536 × 1536 on two threads: 12.7 ms; pieces of an eighth, though they fit the cache of a
 # core, take 17, since a piece is a dozen calls of torch that each want the interpreter.
@@ -48,7 +48,14 @@ class QuantizedTensor:
         Entries a scale, in row-major order over the whole tensor; the last block may be shorter.
     codes : Tensor of shape (⌈n·bits/8⌉,), uint8
         Packed codes, the first in the upper bits.
-    scales : PlainScales or DoubleScales
+    scales : PlainScales, DoubleScales or AffineScales
+    book : Tensor of shape (2^bits,), float32, or None
+        Levels by code where the format's are fitted.
+
+    Raises
+    ------
+    UsageError
+        If an affine format comes without minima, or a fitted one without a book.
     """
 
     format: Format
@@ -57,6 +64,15 @@ class QuantizedTensor:
     block: int
     codes: torch.Tensor
     scales: Scales
+    book: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.format.affine != isinstance(self.scales, AffineScales):
+            needs = "needs a minimum beside each scale" if self.format.affine else "has no minima"
+            raise UsageError(f"format {self.format.name!r} {needs}; quantize() gives what belongs together")
+        if self.format.fitted != (self.book is not None):
+            needs = "needs its fitted levels" if self.format.fitted else "has levels of its own, no fitted ones"
+            raise UsageError(f"format {self.format.name!r} {needs}; quantize() gives what belongs together")
 
     @property
     def count(self) -> int:
@@ -64,12 +80,17 @@ class QuantizedTensor:
         return math.prod(self.shape)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales, what fills the last byte and the last block of scales included.
+    def levels(self) -> torch.Tensor:
+        """What codes stand for before they are scaled, (2^bits,) float32."""
+        return torch.tensor(self.format.levels, dtype=torch.float32) if self.book is None else self.book
 
-        Code books are shared by every tensor of a format and count for none.
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and a fitted code book, what fills the last byte and the last block included.
+
+        Code books that are shared by every tensor of a format count for none.
         """
-        return self.codes.nbytes + self.scales.nbytes
+        return self.codes.nbytes + self.scales.nbytes + (0 if self.book is None else self.book.nbytes)
 
     @property
     def bits_per_weight(self) -> float:
@@ -110,7 +131,8 @@ class QuantizedTensor:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> QuantizedTensor:
         """The same value with every stored tensor changed, moved to a device for instance."""
-        return replace(self, codes=change(self.codes), scales=self.scales.map(change))
+        book = None if self.book is None else change(self.book)
+        return replace(self, codes=change(self.codes), scales=self.scales.map(change), book=book)
 
     def __repr__(self) -> str:
         sides = " × ".join(str(side) for side in self.shape)
@@ -118,14 +140,20 @@ class QuantizedTensor:
 
 
 def quantize(
-    tensor: torch.Tensor, format: str | Format = "nf4", *, block: int = 64, double: bool = True
+    tensor: torch.Tensor,
+    format: str | Format = "nf4",
+    *,
+    block: int | None = 64,
+    double: bool = True,
+    scales: ScaleStorage | None = None,
 ) -> QuantizedTensor:
     """Round a tensor to a format's levels, block by block.
 
-    Codes, scales and values are those of bitsandbytes' CPU build, bit for bit, for ``"nf4"`` and ``"fp4"``. A block of
-    zeros has the scale 0 and comes back as zeros; a constant block comes back as it was where ±1 are levels and its
-    scale is not quantized again. An entry count that no block divides leaves a last block that is shorter, with a
-    scale of its own, which `QuantizedTensor.nbytes` counts.
+    Codes, scales and values are those of bitsandbytes' CPU build, bit for bit, for ``"nf4"`` and ``"fp4"`` at scales
+    of ``"double"`` and ``"fp32"``. Every entry is off by half the widest gap between levels, times its scale, at most;
+    double quantization adds what it does to the scale. A block of zeros comes back as zeros, and a constant one as it
+    was, where 0 and ±1 are levels and scales are not quantized again. An entry count that no block divides leaves a
+    last block that is shorter, with a scale of its own, which `QuantizedTensor.nbytes` counts.
 
     Parameters
     ----------
@@ -133,10 +161,12 @@ def quantize(
         float32, bfloat16, float16, or float64 (which is rounded to float32 first), of any shape, not empty.
     format : str or Format
         One of `FORMATS`, or a code book of one's own.
-    block : int
-        Entries a scale.
+    block : int or None
+        Entries a scale, row-major over the tensor; None: a scale for every row of the last axis.
     double : bool
-        Whether the scales are themselves quantized.
+        Whether the scales are themselves quantized, where `scales` does not say.
+    scales : {"double", "fp32", "bf16"}, optional
+        Eight bits a scale, themselves scaled in blocks of 256; float32; bfloat16.
 
     Returns
     -------
@@ -145,7 +175,8 @@ def quantize(
     Raises
     ------
     UsageError
-        If the format is unknown, the block is not positive, or the tensor is empty or not of real numbers.
+        If the format or the storage is unknown, the block is not positive, or the tensor is empty or not of real
+        numbers.
     NonFiniteMatrix
         If an entry is NaN or infinite, or beyond float32.
 
@@ -156,69 +187,132 @@ def quantize(
     Examples
     --------
     >>> w = torch.tensor([[0.5, -1.0, 0.0, 0.3]])
-    >>> quantize(w, "int4", block=4, double=False).dequantize()
+    >>> quantize(w, "int4", block=4, scales="fp32").dequantize()
     tensor([[ 0.4286, -1.0000,  0.0000,  0.2857]])
+    >>> quantize(w, "int4-affine", block=None, scales="fp32").dequantize()
+    tensor([[ 0.5000, -1.0000,  0.0000,  0.3000]])
     """
     format = as_format(format)
-    if block < 1:
+    storage: ScaleStorage = scales or ("double" if double else "fp32")
+    if storage not in _STORAGES:
+        raise UsageError(f"unknown storage of scales {storage!r}; known are {', '.join(_STORAGES)}")
+    if block is not None and block < 1:
         raise UsageError(f"a block of {block} entries; it needs at least one, and 64 is usual")
     if tensor.dtype not in _DTYPES:
         raise UsageError(f"cannot quantize {tensor.dtype}; cast the tensor to torch.float32 first")
     if tensor.numel() == 0:
         raise UsageError(f"cannot quantize an empty tensor, of shape {tuple(tensor.shape)}")
-    codes, absmax = _quantize(tensor.detach().reshape(-1), format, block)
-    if not bool(torch.isfinite(absmax).all()):
+    if block is None:
+        block = tensor.shape[-1] if tensor.ndim else 1
+    flat = tensor.detach().reshape(-1)
+    low, high = _extent(flat, format, block)
+    if not bool(torch.isfinite(high).all() and torch.isfinite(low).all()):
         bad = int((~torch.isfinite(tensor.float())).sum())
         raise NonFiniteMatrix(f"{bad} of {tensor.numel()} entries are NaN, infinite or beyond float32: no block scale")
-    scales = DoubleScales.of(absmax) if double else PlainScales(absmax)
-    return QuantizedTensor(format, tuple(tensor.shape), tensor.dtype, block, codes, scales)
+    kept: Scales = store_affine(low, high, storage) if format.affine else store(high, storage)
+    # bitsandbytes rounds entries by the scale that is not yet quantized; all absmax formats do.
+    scale = high if storage == "double" and not format.affine else kept.values()
+    book = lloyd.fitted(flat, scale, block, format.bits) if format.fitted else None
+    codes = _encode(flat, format, block, (scale, kept.minima(), book))
+    return QuantizedTensor(format, tuple(tensor.shape), tensor.dtype, block, codes, kept, book)
 
 
-def _quantize(flat: torch.Tensor, format: Format, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed codes and scales of (n,) entries; what fills the last byte is the code of zero, as in bitsandbytes."""
+def _extent(flat: torch.Tensor, format: Format, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and largest entry of every block, (blocks,) float32 each; for absmax formats 0 and the largest absolute."""
     full = len(flat) // block * block
-    codes = torch.empty(len(flat) + len(flat) % 2, dtype=torch.uint8, device=flat.device)
-    codes[len(flat) :] = int(encode(flat.new_zeros(1, dtype=torch.float32), format))
-    absmax = torch.empty(-(-len(flat) // block), dtype=torch.float32, device=flat.device)
-    stride = max(1, _QUANTIZED_AT_ONCE // block) * block
+    high = torch.zeros(-(-len(flat) // block), dtype=torch.float32, device=flat.device)
+    low = torch.zeros_like(high)
 
     def work(begin: int, end: int) -> None:
-        for start in range(begin, end, stride):
-            part = flat[start : min(start + stride, end)].float().view(-1, block)
-            scale = absmax[start // block : start // block + len(part)]
-            torch.amax(part.abs(), 1, out=scale)
-            scaled = part * (1.0 / scale.clamp_min(_LEAST))[:, None]
-            codes[start : start + part.numel()] = encode(scaled.flatten(), format)
+        blocks = flat[begin:end].view(-1, min(block, end - begin))
+        of = slice(begin // block, begin // block + len(blocks))
+        if format.affine:
+            low[of], high[of] = blocks.amin(1), blocks.amax(1)
+        else:
+            high[of] = torch.maximum(blocks.amax(1).abs_(), blocks.amin(1).abs_())
 
-    in_threads(work, full, unit=block, least=_QUANTIZED_BY_A_THREAD if flat.device.type == "cpu" else max(1, full))
-    if full < len(flat):  # bitsandbytes divides the shorter block, where it multiplies full ones by the inverse
-        rest = flat[full:].float()
-        absmax[-1] = rest.abs().amax().clamp_min(_LEAST)
-        codes[full : len(flat)] = encode(rest / absmax[-1], format)
-    return pack(codes if format.bits < 8 else codes[: len(flat)], format.bits), absmax
+    _in_pieces(work, full, block, flat.device)
+    if full < len(flat):
+        work(full, len(flat))
+        if not format.affine:
+            high[-1].clamp_min_(LEAST_SCALE)  # as bitsandbytes, where a block is shorter
+    return low, high
+
+
+def _encode(
+    flat: torch.Tensor,
+    format: Format,
+    block: int,
+    rule: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+) -> torch.Tensor:
+    """Packed codes of (n,) entries, by scales and minima of their blocks and fitted levels.
+
+    What fills the last byte is the code of zero, as in bitsandbytes.
+    """
+    scale, minimum, book = rule
+    divisor = scale.clamp_min(LEAST_SCALE)
+    inverse, bits, encode = 1.0 / divisor, format.bits, encoder(format, flat.device, book)
+    packed = torch.empty(packed_bytes(len(flat), bits), dtype=torch.uint8, device=flat.device)
+    unit = math.lcm(block, CODES_A_WORD)
+    even, full = len(flat) // unit * unit, len(flat) // block * block
+
+    def codes(begin: int, end: int) -> torch.Tensor:
+        blocks = flat[begin:end].float().view(-1, min(block, max(1, end - begin)))
+        of = slice(begin // block, begin // block + len(blocks))
+        if minimum is not None:
+            blocks = blocks - minimum[of, None]
+        # bitsandbytes multiplies full blocks by the inverse, and divides one that is shorter.
+        scaled = blocks * inverse[of, None] if begin < full else blocks / divisor[of, None]
+        return encode(scaled.flatten())
+
+    def work(begin: int, end: int) -> None:
+        packed[begin * bits // 8 : end * bits // 8] = pack(codes(begin, end), bits)
+
+    _in_pieces(work, even, unit, flat.device)
+    if even < len(flat):
+        zeros = encode(scale.new_zeros(CODES_A_WORD))
+        last = torch.cat([codes(even, full), codes(full, len(flat)), zeros])
+        packed[even * bits // 8 :] = pack(last, bits)[: len(packed) - even * bits // 8]
+    return packed
+
+
+def _in_pieces(work: Callable[[int, int], None], count: int, unit: int, device: torch.device) -> None:
+    """Call ``work(start, stop)`` on pieces of ``range(count)``, which is a multiple of the unit, in threads."""
+    stride = max(1, _QUANTIZED_AT_ONCE // unit) * unit
+
+    def share(begin: int, end: int) -> None:
+        for start in range(begin, end, stride):
+            work(start, min(start + stride, end))
+
+    in_threads(share, count, unit=unit, least=_QUANTIZED_BY_A_THREAD if device.type == "cpu" else max(1, count))
 
 
 def _dequantize(quantized: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
-    """Levels times scales in float32, rounded to the dtype."""
-    codes, block, count = quantized.codes, quantized.block, quantized.count
-    per_byte = 8 // quantized.format.bits
-    stride = max(1, _DEQUANTIZED_AT_ONCE // (per_byte * block)) * per_byte * block  # whole blocks and whole bytes
-    values = torch.empty(len(codes) * per_byte, dtype=dtype, device=codes.device)
-    room = None if dtype == torch.float32 else values.new_empty(min(stride, len(values)), dtype=torch.float32)
-    scales = quantized.scales.values()
+    """Levels times scales, and minima added, in float32, rounded to the dtype."""
+    block, count, bits = quantized.block, quantized.count, quantized.format.bits
+    unit = math.lcm(block, CODES_A_WORD)
+    stride = max(1, _DEQUANTIZED_AT_ONCE // unit) * unit
+    values = torch.empty(count, dtype=dtype, device=quantized.codes.device)
+    room = None if dtype == torch.float32 else values.new_empty(min(stride, count), dtype=torch.float32)
+    scales, minima = quantized.scales.values(), quantized.scales.minima()
     for start in range(0, count, stride):
         target = values[start : start + stride]
         part = target if room is None else room[: len(target)]
-        decode(codes[start // per_byte : (start + stride) // per_byte], quantized.format, part)
-        _multiply(part[: count - start], scales[start // block :], block)
+        codes = quantized.codes[start * bits // 8 : packed_bytes(start + len(target), bits)]
+        decode(codes, quantized.format, part, quantized.book)
+        for blocks, of in _blocks(part, start // block, block):
+            blocks.mul_(scales[of, None])
+            if minima is not None:
+                blocks.add_(minima[of, None])
         if room is not None:
             target.copy_(part)
-    return values[:count].view(quantized.shape)
+    return values.view(quantized.shape)
 
 
-def _multiply(levels: torch.Tensor, scales: torch.Tensor, block: int) -> None:
-    """Multiply levels by their blocks' scales in place; the last block may be shorter."""
-    full = len(levels) // block * block
-    levels[:full].view(-1, block).mul_(scales[: full // block, None])
-    if full < len(levels):
-        levels[full:].mul_(scales[full // block])
+def _blocks(part: torch.Tensor, first: int, block: int) -> Iterator[tuple[torch.Tensor, slice]]:
+    """Whole blocks of (n,) entries, then the shorter one if there is one, with the places of their scales."""
+    whole = len(part) // block
+    if whole:
+        yield part[: whole * block].view(whole, block), slice(first, first + whole)
+    if whole * block < len(part):
+        yield part[None, whole * block :], slice(first + whole, first + whole + 1)

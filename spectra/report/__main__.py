@@ -98,6 +98,7 @@ def parse_pattern(ctx: click.Context, param: click.Parameter, value: str | None)
 @click.option(
     "--exclude", callback=parse_pattern, metavar="RE", help="No tensor whose name holds this regular expression."
 )
+@click.option("--quantized", default="auto", show_default=True, metavar="FORMAT", help="What BASE stood in while TUNED was trained, nf4 or int8/row/fp32 for instance: the update is told apart from the quantization error. auto sees whether the weights or a run's record betray it; no does not look.")  # fmt: skip # noqa: E501
 @click.option("--export-lora", metavar="DIR", help="Write the update as a LoRA adapter of PEFT too, in a folder of its own: the best one of its ranks, directions where they help the whole model most.")  # fmt: skip # noqa: E501
 @click.option("--energy", type=float, metavar="SHARE", help="The adapter keeps this share of the update's squared norm with the fewest parameters.  [default: 0.9]")  # fmt: skip # noqa: E501
 @click.option("--export-rank", type=click.IntRange(min=1), metavar="K", help="The adapter keeps K directions of every matrix.")  # fmt: skip # noqa: E501
@@ -222,7 +223,10 @@ def _one(base: str, tuned: str, flags: Mapping[str, Any]) -> _Work:
     """One update: a base and what became of it."""
     from spectra.comparison import execute, plan
 
-    todo = plan(base, tuned, rank=flags["rank"], **_asked(flags))
+    quantized = flags["quantized"]
+    if flags["dry_run"] and quantized == "auto":  # to look takes a few matrices, and a dry run reads headers alone
+        quantized = None
+    todo = plan(base, tuned, rank=flags["rank"], quantized=quantized, **_asked(flags))
 
     def carry_out(out: Path) -> _Found:
         run = execute(todo, out=out, **_running(flags))

@@ -18,7 +18,7 @@ from spectra.report.verdict import Verdict, verdict
 
 SCHEMA = 1
 # Settings that change what a report says, and the option that gives each; the others only change how it is reached.
-_OPTIONS = ("rank", "include", "exclude", "seed", "device", "max_memory")
+_OPTIONS = ("rank", "quantized", "include", "exclude", "seed", "device", "max_memory")
 _SWITCHES = ("exact", "trust_pickle", "allow_partial")
 
 

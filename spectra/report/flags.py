@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from statistics import median
 from typing import Any, Protocol
 
 from spectra.report.rows import TensorRow
-from spectra.report.text import counted, listed, percent, visible
+from spectra.report.text import counted, listed, number, percent, visible
 
 # Half of the entries not moved at all: the update is below the stored grid, and rounding is a dead zone, not noise.
 DEAD_ZONE = 0.5
@@ -37,6 +39,26 @@ class Named(Protocol):
         """Place in the table."""
 
 
+def _quantized(rows: Sequence[TensorRow], info: Mapping[str, Any]) -> list[Flag]:
+    """What quantizing the base did beside what was trained."""
+    scheme = info.get("settings", {}).get("quantized")
+    held = [r for r in rows if r.analysed and r.numbers["quantization_frobenius"] > 0]
+    if scheme in (None, "no") or not held:
+        return []
+    moved = median([r.numbers["quantization_frobenius"] / r.numbers["base_frobenius"] for r in held])
+    ratio = median([r.numbers["quantization_frobenius"] / r.numbers["frobenius"] for r in held])
+    undone = median([r.numbers["quantization_projection"] for r in held])
+    chance = median([r.numbers["frobenius"] / r.numbers["quantization_frobenius"] / prod(r.shape) ** 0.5 for r in held])
+    many = len(held) > 1
+    text = (
+        f"{counted(len(held), 'matrix', 'matrices')} stood in {scheme} while the update was trained, so Δ is taken "
+        f"from the quantized weights: quantizing moved {'them' if many else 'it'} by {'a median of ' if many else ''}"
+        f"{percent(moved)} of {'their' if many else 'its'} norm, {number(ratio)} times the update, which undoes "
+        f"{percent(undone)} of that (chance: ± {percent(chance)})."
+    )
+    return [Flag("note", "quantized", text, tuple(r.position for r in held))]
+
+
 def find_flags(rows: Sequence[TensorRow], info: Mapping[str, Any]) -> tuple[Flag, ...]:
     """List the flags of a run, alarms first.
 
@@ -47,7 +69,7 @@ def find_flags(rows: Sequence[TensorRow], info: Mapping[str, Any]) -> tuple[Flag
     info : mapping
         `spectra.Run.info`.
     """
-    found = [flag for rule in _RULES for flag in rule(rows)]
+    found = [flag for rule in _RULES for flag in rule(rows)] + _quantized(rows, info)
     transforms = info.get("matching", {}).get("transforms", ())
     found += input_flags([(f"the {side}", info.get(side, {})) for side in ("base", "tuned")], info, transforms)
     return tuple(sorted(found, key=lambda flag: flag.level != "alarm"))

@@ -190,6 +190,28 @@ TERMS = (
         "share",
     ),
     Term(
+        "quantization_frobenius",
+        "quantization error ‖E‖",
+        "‖Ŵ − W‖,  Ŵ = dequant(Q(W))",
+        "How far quantizing moved the base that the update was trained on. It is no part of Δ here: Δ = W_tuned − Ŵ.",
+        "Dettmers et al. (2023), eq. 5",
+    ),
+    Term(
+        "quantization_projection",
+        "quantization error undone",
+        "⟨Δ, −E⟩ / ‖E‖²",
+        "1 where the update makes up for all of the quantization error, 0 where it does not know of it.",
+        "this report",
+        "share",
+    ),
+    Term(
+        "quantization_cosine",
+        "cosine to the error",
+        "⟨Δ, −E⟩ / (‖Δ‖ ‖E‖)",
+        "Of independent matrices it is 0 ± 1/√(rows · cols).",
+        "definition",
+    ),
+    Term(
         "gap",
         "norm left out",
         "√(‖Δ‖² − Σσ²)",

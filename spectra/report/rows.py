@@ -23,7 +23,8 @@ MEASURES = (
 # Numbers that are known whatever the route, or not at all.
 NUMBERS = (
     "frobenius", "relative_frobenius", "base_frobenius", "storage_floor", "storage_frobenius", "zero_fraction",
-    "merge_loss", "mp_edge", "mp_rank", "gd_rank", "decay_exponent", "gap", "tail_norm", "roundoff",
+    "merge_loss", "quantization_frobenius", "quantization_projection", "quantization_cosine", "mp_edge", "mp_rank",
+    "gd_rank", "decay_exponent", "gap", "tail_norm", "roundoff",
 )  # fmt: skip
 # Statuses after which a command ends with 1: a spectrum was due and could not be given.
 FAILURES = ("nonfinite", "unsupported_dtype", "failed")

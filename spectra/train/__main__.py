@@ -343,8 +343,7 @@ def _conclude(plans: list[Plan], records: list[Mapping[str, Any]], flags: dict[s
     say(printable("\n".join(["written", *(f"  {path}" for path in written)])), err=err)
     if flags["as_json"]:
         say(json.dumps(told, indent=1, ensure_ascii=False))
-    readable = records[0]["method"] in _REPORTED and not records[0]["base_model"].endswith(".gguf")
-    if readable and not flags["quiet"] and not flags["methods"]:
+    if records[0]["method"] in _REPORTED and not flags["quiet"] and not flags["methods"]:
         tell(f'see what it did to the weights: python -m spectra.report "{records[0]["base_model"]}" "{out}"')
 
 

@@ -320,7 +320,7 @@ def test_each_refusal_has_its_error_and_a_way_out(hub: Hub, tmp_path: Path) -> N
         ("CheckpointError", "the hub gave no answer"),
         ("UnsafeCheckpoint", "--trust-pickle"),
         ("UnsafeCheckpoint", "--trust-pickle"),
-        ("UnsupportedFormat", "GGUF"),
+        ("UnsafeCheckpoint", "does not begin as a GGUF file"),
         ("UnsafeCheckpoint", "no file of this folder"),
         ("CheckpointNotFound", "no revision 'v9'"),
     ]

@@ -293,15 +293,6 @@ def test_unreadable_and_irregular_files(tmp_path: Path) -> None:
             open_checkpoint(name)
 
 
-def test_bitsandbytes_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    state = "layer.weight.quant_state.bitsandbytes__nf4"
-    save_file(
-        {"layer.weight": torch.zeros(8, 1, dtype=torch.uint8), state: torch.ones(3)}, tmp_path / "model.safetensors"
-    )
-    with pytest.raises(UnsupportedFormat, match="dequantize"):
-        open_checkpoint(tmp_path)
-
-
 def test_real_pair_reads_as_safetensors_itself_does(real_pair: tuple[Path, Path]) -> None:
     from safetensors import safe_open
 

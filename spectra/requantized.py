@@ -1,0 +1,201 @@
+r"""Updates of a model that stood in a few bits while it was trained: adaptation told apart from quantization error.
+
+QLoRA learns BA beside Ŵ = dequant(Q(W)). Merged and saved, tuned − W = BA + (Ŵ − W) is a low-rank update under an
+error of full rank, which is what its spectrum then shows. Who knows the format can compute Ŵ from W, for quantizing
+is deterministic, and so subtract it; and the error gives itself away: along it, ⟨tuned − W, Ŵ − W⟩/‖Ŵ − W‖² is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from spectra.checkpoints import Adapter
+from spectra.delta import AnyDelta, Delta, LowRankDelta, as_rows, viewed
+from spectra.difference import Difference, difference
+from spectra.errors import SpectraError, UsageError
+from spectra.linalg.matrix import row_blocks
+from spectra.quantize.scheme import Scheme
+
+SCHEMES = ("nf4", "nf4/64/fp32", "fp4", "fp4/64/fp32", "int8/row/fp32")
+"""What trainers quantize to: bitsandbytes' two code books, with scales quantized again and not; eight bits a row."""
+
+# Matrices that a format is recognised by: more would have to be read twice.
+_LOOKED_AT = 3
+# A base stood in a format where the update lies along its error with a coefficient nearer to 1 than to 0.
+_ALONG = 0.5
+
+
+@dataclass(frozen=True)
+class QuantizationShare:
+    """How an update ΔW lies to the error E = Ŵ − W of its base.
+
+    Attributes
+    ----------
+    error : float
+        ‖E‖_F.
+    projection : float
+        ⟨ΔW, −E⟩/‖E‖²: 1 where the update undoes all of E.
+    cosine : float
+        ⟨ΔW, −E⟩/(‖ΔW‖‖E‖); independent of each other it is 0 ± 1/√(entries).
+    """
+
+    error: float
+    projection: float
+    cosine: float
+
+    def columns(self) -> dict[str, float]:
+        """The numbers as columns of a row."""
+        return {
+            "quantization_frobenius": self.error,
+            "quantization_projection": self.projection,
+            "quantization_cosine": self.cosine,
+        }
+
+
+@dataclass(frozen=True)
+class RequantizedDelta(Delta):
+    """tuned − Ŵ where that is what was trained, tuned − W where this matrix was not quantized."""
+
+    scheme: Scheme | None = None
+
+    def difference(self) -> Difference:
+        """Read both, quantize the base, and subtract what the update lies nearer to."""
+        found = super().difference()
+        assert self.scheme is not None
+        stored = self.weights()
+        rounded = as_rows(viewed(self.scheme.quantize(self.base[self.base_name]).dequantize(), self.view, "base"))
+        error = rounded.to(found.matrix.dtype) - stored.to(found.matrix.dtype)
+        energy = _inner(error, error)
+        if energy == 0.0 or _inner(found.matrix, error) < _ALONG * energy:
+            return found
+        tuned = as_rows(viewed(self.tuned[self.tuned_name], self.view, "tuned"))
+        found = difference(rounded, tuned, self.base_info.dtype, self.tuned_info.dtype, name=self.name)
+        return replace(found, more=_share(_inner(found.matrix, error), found.frobenius, energy).columns())
+
+
+@dataclass(frozen=True)
+class RequantizedLowRankDelta(LowRankDelta):
+    """An adapter's update, which is what it is, and how it lies to the error of the base it was trained on."""
+
+    scheme: Scheme | None = None
+
+    def difference(self) -> Difference:
+        """As of any adapter; ⟨BA, E⟩ is taken from the factors."""
+        found = super().difference()
+        assert self.scheme is not None
+        stored = self.weights()
+        error = as_rows(self.scheme.quantize(stored).dequantize(torch.float32)) - stored.float()
+        b, a = (factor.double() for factor in self.factors())
+        inner = self.update.scale * float(((b.t() @ error.double()) * a).sum())
+        return replace(found, more=_share(inner, found.frobenius, _inner(error, error)).columns())
+
+
+def requantized(deltas: Mapping[str, AnyDelta], scheme: Scheme) -> dict[str, AnyDelta]:
+    """The same updates on a base that stood in a format; vectors, and what is no matrix product's, as they were.
+
+    Parameters
+    ----------
+    deltas : mapping of str to delta
+    scheme : Scheme
+
+    Returns
+    -------
+    dict of str to delta
+    """
+    found: dict[str, AnyDelta] = {}
+    for name, delta in deltas.items():
+        if min(delta.shape) > 1 and type(delta) is Delta:
+            delta = RequantizedDelta(**vars(delta), scheme=scheme)
+        elif min(delta.shape) > 1 and type(delta) is LowRankDelta:
+            delta = RequantizedLowRankDelta(**vars(delta), scheme=scheme)
+        found[name] = delta
+    return found
+
+
+def scheme_of_base(deltas: Mapping[str, AnyDelta], quantized: str | None) -> Scheme | None:
+    """What a base stood in: as told, or with ``"auto"`` as a run's record or the weights themselves tell.
+
+    Raises
+    ------
+    UsageError
+        If there is no such format.
+    """
+    if quantized != "auto":
+        return None if quantized in (None, "no") else Scheme.parse(quantized)
+    tuned = next((delta.tuned for delta in deltas.values()), None)
+    return _recorded(tuned) if isinstance(tuned, Adapter) else recognised(deltas)
+
+
+def _recorded(adapter: Adapter) -> Scheme | None:
+    """What ``training.json`` beside an adapter says of its base."""
+    path = adapter.root / "training.json"
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+        if settings["method"] != "qlora":
+            return None
+        told = settings["settings"]
+        return Scheme.parse(f"{told['format']}/{told['block']}/{'double' if told['double'] else 'fp32'}")
+    except (OSError, ValueError, LookupError, TypeError, UsageError):
+        return None  # the file is another program's, or none
+
+
+def recognised(deltas: Mapping[str, AnyDelta], schemes: Iterable[str] = SCHEMES) -> Scheme | None:
+    """The format that a tuned checkpoint's base stood in, or None; a few matrices of middle size are read.
+
+    Adapters tell nothing of their base: None.
+
+    Parameters
+    ----------
+    deltas : mapping of str to delta
+    schemes : iterable of str
+        Formats that are tried.
+    """
+    candidates = [
+        delta
+        for delta in deltas.values()
+        if type(delta) is Delta and not isinstance(delta.tuned, Adapter) and min(delta.shape) >= _LEAST_SIDE
+    ]
+    candidates.sort(key=lambda delta: (math.prod(delta.shape), delta.name))
+    middle = len(candidates) // 2
+    looked_at = candidates[max(0, middle - _LOOKED_AT // 2) :][:_LOOKED_AT]
+    votes = [_nearest(delta, [Scheme.parse(text) for text in schemes]) for delta in looked_at]
+    first = votes[0] if votes else None
+    return first if all(vote == first for vote in votes) else None
+
+
+# Smaller matrices have too few entries for the coefficient along E to tell 0 from 1 beside a large update.
+_LEAST_SIDE = 64
+
+
+def _nearest(delta: Delta, schemes: Iterable[Scheme]) -> Scheme | None:
+    """The scheme whose Ŵ is nearest to the tuned matrix, if the update lies along its error."""
+    try:
+        moved, stored = delta.dense().double(), delta.weights()
+    except (SpectraError, OSError):
+        return None  # its row will say why
+    best: tuple[float, Scheme] | None = None
+    for scheme in schemes:
+        error = as_rows(scheme.quantize(stored).dequantize()).double() - stored.double()
+        energy = _inner(error, error)
+        left = _inner(moved - error, moved - error)
+        if energy > 0.0 and _inner(moved, error) >= _ALONG * energy and (best is None or left < best[0]):
+            best = left, scheme
+    return None if best is None else best[1]
+
+
+def _share(inner: float, norm: float, energy: float) -> QuantizationShare:
+    error = math.sqrt(energy)
+    projection = -inner / energy if energy > 0.0 else math.nan
+    cosine = -inner / (norm * error) if norm > 0.0 and error > 0.0 else math.nan
+    return QuantizationShare(error, projection, cosine)
+
+
+def _inner(one: torch.Tensor, other: torch.Tensor) -> float:
+    """⟨A, B⟩ in float64, a block of rows at a time."""
+    pairs = zip(row_blocks(one), row_blocks(other), strict=True)
+    return math.fsum(float((a.double() * b.double()).sum()) for a, b in pairs)
