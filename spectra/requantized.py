@@ -96,7 +96,7 @@ class RequantizedLowRankDelta(LowRankDelta):
 
 
 def requantized(deltas: Mapping[str, AnyDelta], scheme: Scheme) -> dict[str, AnyDelta]:
-    """The same updates on a base that stood in a format; vectors, and what is no matrix product's, as they were.
+    """The same updates on a base that stood in a format; vectors, and what is stored quantized, as they were.
 
     Parameters
     ----------
@@ -109,12 +109,18 @@ def requantized(deltas: Mapping[str, AnyDelta], scheme: Scheme) -> dict[str, Any
     """
     found: dict[str, AnyDelta] = {}
     for name, delta in deltas.items():
-        if min(delta.shape) > 1 and type(delta) is Delta:
+        if _stored_quantized(delta):  # its own quantization is known, and the weights before it are not
+            pass
+        elif min(delta.shape) > 1 and type(delta) is Delta:
             delta = RequantizedDelta(**vars(delta), scheme=scheme)
         elif min(delta.shape) > 1 and type(delta) is LowRankDelta:
             delta = RequantizedLowRankDelta(**vars(delta), scheme=scheme)
         found[name] = delta
     return found
+
+
+def _stored_quantized(delta: AnyDelta) -> bool:
+    return delta.base_info.quantization is not None or delta.tuned_info.quantization is not None
 
 
 def scheme_of_base(deltas: Mapping[str, AnyDelta], quantized: str | None) -> Scheme | None:
@@ -127,6 +133,8 @@ def scheme_of_base(deltas: Mapping[str, AnyDelta], quantized: str | None) -> Sch
     """
     if quantized != "auto":
         return None if quantized in (None, "no") else Scheme.parse(quantized)
+    if any(map(_stored_quantized, deltas.values())):
+        return None
     tuned = next((delta.tuned for delta in deltas.values()), None)
     return _recorded(tuned) if isinstance(tuned, Adapter) else recognised(deltas)
 

@@ -13,6 +13,7 @@ import spectra
 from spectra.comparison import plan
 from spectra.errors import UsageError
 from spectra.quantize.scheme import Scheme
+from spectra.report.build import build_report
 
 SIDES = {
     "model.layers.0.a.weight": (96, 128),
@@ -163,3 +164,22 @@ def test_a_matrix_that_cannot_be_quantized_keeps_its_row(tmp_path: Path) -> None
         progress=False,
     ).frame
     assert rows.set_index("name").status["model.layers.0.a.weight"] == "nonfinite"
+
+
+def test_a_base_that_is_quantized_and_not_trained(tmp_path: Path) -> None:
+    """Dequantized weights alone: the report does not say that nothing differs."""
+    base, tensors = model(tmp_path)
+    run = spectra.compare(base, merged(tmp_path, tensors, "nf4", size=0.0), quantized="auto", progress=False)
+    assert "the base's, quantized: 3 matrices" in build_report(run).verdict[0]
+    plain = spectra.compare(base, base, quantized="auto", progress=False)
+    assert "same weights" in build_report(plain).verdict[0]
+
+
+def test_what_is_stored_quantized_is_not_quantized_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tensors = model(tmp_path)
+    tuned = merged(tmp_path, tensors, "nf4")
+    assert plan(base, tuned, quantized="auto").settings["quantized"] == "nf4"
+    monkeypatch.setattr("spectra.requantized._stored_quantized", lambda delta: True)
+    todo = plan(base, tuned, quantized="auto")
+    assert todo.settings["quantized"] is None
+    assert {type(delta).__name__ for delta in plan(base, tuned, quantized="nf4").deltas.values()} == {"Delta"}

@@ -268,6 +268,14 @@ def _nothing_matched(rows: Sequence[TensorRow]) -> Verdict:
 
 def _all_unchanged(compared: Sequence[TensorRow]) -> Verdict:
     same = counted(len(compared), "tensor")
+    rounded = [r for r in compared if r.numbers["quantization_frobenius"] > 0]
+    if rounded:
+        return (
+            f"The tuned weights are the base's, quantized: {counted(len(rounded), 'matrix', 'matrices')} of {same} "
+            "differ by that, and nothing was trained beside it.",
+            "There is no update, and so no direction to count.",
+            "This is exact: entries were compared with what quantizing makes of the base's, without a threshold.",
+        )
     return (
         f"The two checkpoints hold the same weights: {same} compared, none differs in any entry.",
         "There is no update, and so no direction to count.",
