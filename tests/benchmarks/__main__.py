@@ -20,7 +20,7 @@ import torch
 from spectra.linalg import as_matrix, by_gram, product_spectrum, truncated
 from tests.benchmarks import geometry, subspace
 from tests.benchmarks.extraction import extraction
-from tests.benchmarks.quantization import qlora_step, quantization
+from tests.benchmarks.quantization import analysis, qlora_step, quantization
 from tests.benchmarks.steps import lora_step
 from tests.benchmarks.synthetic import make_pair
 from tests.benchmarks.timing import HEADER, Row, in_turn
@@ -221,6 +221,7 @@ def main(only: str | None, pair: Path | None) -> None:
             "start": start_up,
             "lora": lora_step,
             "quantization": quantization,
+            "quantization-error": analysis,
             "qlora": qlora_step,
             "extraction": extraction,
             "subspace": lambda: chain(subspace.fastfood(), subspace.subspace_step()),
