@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from spectra.checkpoints import Adapter
-from spectra.delta import AnyDelta, Delta, LowRankDelta, as_rows, viewed
+from spectra.checkpoints.orientation import turned_names
+from spectra.delta import AnyDelta, Delta, LowRankDelta, as_rows, is_float, viewed
 from spectra.difference import Difference, difference
 from spectra.errors import SpectraError, UsageError
 from spectra.linalg.matrix import row_blocks
@@ -62,13 +63,14 @@ class RequantizedDelta(Delta):
     """tuned − Ŵ where that is what was trained, tuned − W where this matrix was not quantized."""
 
     scheme: Scheme | None = None
+    turned: bool = False
 
     def difference(self) -> Difference:
         """Read both, quantize the base, and subtract what the update lies nearer to."""
         found = super().difference()
         assert self.scheme is not None
         stored = self.weights()
-        rounded = as_rows(viewed(self.scheme.quantize(self.base[self.base_name]).dequantize(), self.view, "base"))
+        rounded = as_rows(viewed(_rounded(self.base[self.base_name], self.scheme, self.turned), self.view, "base"))
         error = rounded.to(found.matrix.dtype) - stored.to(found.matrix.dtype)
         energy = _inner(error, error)
         if energy == 0.0 or _inner(found.matrix, error) < _ALONG * energy:
@@ -83,13 +85,14 @@ class RequantizedLowRankDelta(LowRankDelta):
     """An adapter's update, which is what it is, and how it lies to the error of the base it was trained on."""
 
     scheme: Scheme | None = None
+    turned: bool = False
 
     def difference(self) -> Difference:
         """As of any adapter; ⟨BA, E⟩ is taken from the factors."""
         found = super().difference()
         assert self.scheme is not None
         stored = self.weights()
-        error = as_rows(self.scheme.quantize(stored).dequantize(torch.float32)) - stored.float()
+        error = as_rows(_rounded(stored, self.scheme, self.turned)).float() - stored.float()
         b, a = (factor.double() for factor in self.factors())
         inner = self.update.scale * float(((b.t() @ error.double()) * a).sum())
         return replace(found, more=_share(inner, found.frobenius, _inner(error, error)).columns())
@@ -108,13 +111,14 @@ def requantized(deltas: Mapping[str, AnyDelta], scheme: Scheme) -> dict[str, Any
     dict of str to delta
     """
     found: dict[str, AnyDelta] = {}
+    turned = _turned(deltas)
     for name, delta in deltas.items():
         if _stored_quantized(delta):  # its own quantization is known, and the weights before it are not
             pass
         elif min(delta.shape) > 1 and type(delta) is Delta:
-            delta = RequantizedDelta(**vars(delta), scheme=scheme)
+            delta = RequantizedDelta(**vars(delta), scheme=scheme, turned=delta.base_name in turned)
         elif min(delta.shape) > 1 and type(delta) is LowRankDelta:
-            delta = RequantizedLowRankDelta(**vars(delta), scheme=scheme)
+            delta = RequantizedLowRankDelta(**vars(delta), scheme=scheme, turned=delta.update.name in turned)
         found[name] = delta
     return found
 
@@ -166,12 +170,17 @@ def recognised(deltas: Mapping[str, AnyDelta], schemes: Iterable[str] = SCHEMES)
     candidates = [
         delta
         for delta in deltas.values()
-        if type(delta) is Delta and not isinstance(delta.tuned, Adapter) and min(delta.shape) >= _LEAST_SIDE
+        if type(delta) is Delta
+        and not isinstance(delta.tuned, Adapter)
+        and min(delta.shape) >= _LEAST_SIDE
+        and is_float(delta.base_info.dtype)
+        and is_float(delta.tuned_info.dtype)
     ]
     candidates.sort(key=lambda delta: (math.prod(delta.shape), delta.name))
     middle = len(candidates) // 2
     looked_at = candidates[max(0, middle - _LOOKED_AT // 2) :][:_LOOKED_AT]
-    votes = [_nearest(delta, [Scheme.parse(text) for text in schemes]) for delta in looked_at]
+    tried, turned = [Scheme.parse(text) for text in schemes], _turned(deltas)
+    votes = [_nearest(delta, tried, turned=delta.base_name in turned) for delta in looked_at]
     first = votes[0] if votes else None
     return first if all(vote == first for vote in votes) else None
 
@@ -180,20 +189,38 @@ def recognised(deltas: Mapping[str, AnyDelta], schemes: Iterable[str] = SCHEMES)
 _LEAST_SIDE = 64
 
 
-def _nearest(delta: Delta, schemes: Iterable[Scheme]) -> Scheme | None:
+def _nearest(delta: Delta, schemes: Iterable[Scheme], *, turned: bool) -> Scheme | None:
     """The scheme whose Ŵ is nearest to the tuned matrix, if the update lies along its error."""
     try:
         moved, stored = delta.dense().double(), delta.weights()
+        candidates = [(scheme, as_rows(_rounded(stored, scheme, turned)).double()) for scheme in schemes]
     except (SpectraError, OSError):
         return None  # its row will say why
     best: tuple[float, Scheme] | None = None
-    for scheme in schemes:
-        error = as_rows(scheme.quantize(stored).dequantize()).double() - stored.double()
+    for scheme, rounded in candidates:
+        error = rounded - stored.double()
         energy = _inner(error, error)
         left = _inner(moved - error, moved - error)
         if energy > 0.0 and _inner(moved, error) >= _ALONG * energy and (best is None or left < best[0]):
             best = left, scheme
     return None if best is None else best[1]
+
+
+def _rounded(stored: torch.Tensor, scheme: Scheme, turned: bool) -> torch.Tensor:
+    """What a stored tensor rounds to, in its dtype; quantizers turn a Conv1D's (in, out) first."""
+    wide = stored if stored.dtype in _QUANTIZED_AS_THEY_ARE else stored.float()
+    if turned and wide.dim() == 2:
+        return scheme.quantize(wide.t().contiguous()).dequantize().t().contiguous()
+    return scheme.quantize(wide).dequantize()
+
+
+_QUANTIZED_AS_THEY_ARE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _turned(deltas: Mapping[str, AnyDelta]) -> frozenset[str]:
+    """Stored names of the base's weights that are (in, out)."""
+    base = next((delta.base for delta in deltas.values()), None)
+    return frozenset() if base is None else turned_names(base.infos(), base.config)
 
 
 def _share(inner: float, norm: float, energy: float) -> QuantizationShare:

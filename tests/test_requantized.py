@@ -183,3 +183,35 @@ def test_what_is_stored_quantized_is_not_quantized_again(tmp_path: Path, monkeyp
     todo = plan(base, tuned, quantized="auto")
     assert todo.settings["quantized"] is None
     assert {type(delta).__name__ for delta in plan(base, tuned, quantized="nf4").deltas.values()} == {"Delta"}
+
+
+def test_weights_that_are_stored_turned(tmp_path: Path) -> None:
+    """Conv1D's (in, out): quantizers turn it first, and so does this."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "h.0.up.weight": torch.randn(96, 192, generator=generator),
+        "h.0.up.bias": torch.zeros(192),
+        "h.0.down.weight": torch.randn(192, 96, generator=generator),
+        "h.0.down.bias": torch.zeros(96),
+    }
+    save_file(tensors, tmp_path / "base.safetensors")
+    tuned, update = dict(tensors), 0.01 * torch.randn(96, 1, generator=generator) * torch.ones(1, 192)
+    for name in ("h.0.up.weight", "h.0.down.weight"):
+        moved = update if name == "h.0.up.weight" else update.t()
+        rounded = Scheme.parse("nf4").quantize(tensors[name].t().contiguous()).dequantize().t()
+        tuned[name] = (rounded + moved).contiguous()
+    save_file(tuned, tmp_path / "t.safetensors")
+    run = spectra.compare(tmp_path / "base.safetensors", tmp_path / "t.safetensors", quantized="auto", progress=False)
+    assert run.info["settings"]["quantized"] == "nf4"
+    for name in ("h.0.up.weight", "h.0.down.weight"):
+        assert run.frame.set_index("name").loc[name].frobenius == pytest.approx(float(update.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("asked", ["auto", "nf4"])
+def test_other_dtypes_keep_their_rows(tmp_path: Path, dtype: torch.dtype, asked: str) -> None:
+    weights = (4.0 * torch.randn(96, 96, generator=torch.Generator().manual_seed(0))).to(dtype)
+    for name in ("base", "t"):
+        save_file({"a.weight": weights, "b.weight": torch.ones(96, 96)}, tmp_path / f"{name}.safetensors")
+    run = spectra.compare(tmp_path / "base.safetensors", tmp_path / "t.safetensors", quantized=asked, progress=False)
+    assert set(run.frame.status) <= {"unchanged", "integer", "unsupported_dtype"}

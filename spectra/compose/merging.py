@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from spectra.compose.products import Product
@@ -126,6 +127,8 @@ def merged(updates: Sequence[Product], how: Merge, *, coefficients: Sequence[flo
         raise UsageError(f"{len(weights)} coefficients for {len(updates)} updates")
     if not all(map(math.isfinite, weights)):
         raise UsageError(f"coefficients {weights} must be finite")
+    if how.method.startswith("dare"):  # before they are scaled, so that coefficients change no draw
+        updates = [_thinned(update, how) for update in updates]
     scaled = [update.times(weight) for weight, update in zip(weights, updates, strict=True)]
     found = _MERGES[how.method](scaled, how)
     return found if how.scale == 1.0 else found.times(how.scale)
@@ -167,19 +170,23 @@ def _ties(updates: Sequence[Product], how: Merge) -> Product:
     return Product.of(ties([update.dense() for update in updates], how.density))
 
 
-def _dare(updates: Sequence[Product], how: Merge) -> Product:
-    return Product.of(in_any_order([dropped(update.dense(), how.density, how.seed) for update in updates]))
+def _thinned(update: Product, how: Merge) -> Product:
+    """DARE's part of an update; what is drawn depends on its factors, which no matrix product has rounded."""
+    digest = hashlib.sha256(b"".join(factor.contiguous().numpy().tobytes() for factor in (update.b, update.a)))
+    return Product.of(dropped(update.dense(), how.density, stream(how.seed, int.from_bytes(digest.digest(), "little"))))
 
 
 def _dare_ties(updates: Sequence[Product], how: Merge) -> Product:
-    kept = [dropped(update.dense(), how.density, how.seed) for update in updates]
-    return Product.of(ties(kept, 1.0))
+    return Product.of(ties([update.dense() for update in updates], 1.0))
 
 
 def _knots(updates: Sequence[Product], how: Merge) -> Product:
     """U Σ times the TIES of the V's; U and Σ are those of the outputs alone, [Δ₁ …][Δ₁ …]ᵀ = UΣ²Uᵀ."""
     beside = torch.cat([update.b @ update.right_triangle.t() for update in updates], dim=1)
     u, s, _ = Product.of(beside).svd
+    # Updates are differences of numbers in float32 at best: directions below that are rounding, as large in V as any.
+    kept = s > max(updates[0].shape) * torch.finfo(torch.float32).eps * (s[0] if len(s) else 0.0)
+    u, s = u[:, kept], s[kept]
     coordinates = [(u.t() @ update.b) @ update.a / s[:, None] for update in updates]  # Vᵢᵀ, (r, cols)
     return Product(u * s, ties(coordinates, how.density))
 
@@ -214,9 +221,13 @@ def _orthogonal(updates: Sequence[Product], how: Merge) -> Product:
 
 
 def _nearest_orthonormal(columns: torch.Tensor) -> torch.Tensor:
-    """The matrix with orthonormal columns (rows, where there are more columns) that is nearest: P Qᵀ of P Σ Qᵀ."""
-    p, _, qt = torch.linalg.svd(columns, full_matrices=False)
-    found: torch.Tensor = p @ qt
+    """P Qᵀ of P Σ Qᵀ: the nearest matrix with orthonormal columns (rows, where there are more columns).
+
+    Where columns depend on each other, the isometry of their span alone: no direction is added that no task has.
+    """
+    p, s, qt = torch.linalg.svd(columns, full_matrices=False)
+    kept = s > max(columns.shape) * torch.finfo(torch.float32).eps * s[0]
+    found: torch.Tensor = p[:, kept] @ qt[kept]
     return found
 
 
@@ -237,7 +248,7 @@ def ties(tasks: Sequence[torch.Tensor], density: float) -> torch.Tensor:
 
 
 def _trimmed(task: torch.Tensor, density: float) -> torch.Tensor:
-    count = max(1, int(density * task.numel()))
+    count = max(1, math.floor(density * task.numel() + 1e-9))  # 0.29 · 100 is 28.999… in binary
     if count >= task.numel():
         return task
     flat = task.reshape(-1)
@@ -245,10 +256,8 @@ def _trimmed(task: torch.Tensor, density: float) -> torch.Tensor:
     return torch.zeros_like(flat).index_copy_(0, order, flat[order]).view_as(task)
 
 
-def dropped(task: torch.Tensor, density: float, seed: int) -> torch.Tensor:
-    """Every entry kept with a probability and divided by it; the draws are the seed's and the entries' own."""
-    digest = hashlib.sha256(task.double().contiguous().numpy().tobytes()).digest()
-    generator = stream(seed, int.from_bytes(digest, "little"))
+def dropped(task: torch.Tensor, density: float, generator: np.random.Generator) -> torch.Tensor:
+    """Every entry kept with a probability and divided by it."""
     kept = torch.from_numpy(generator.random(task.numel()) < density).view_as(task)
     return torch.where(kept, task / density, 0.0)
 
@@ -261,7 +270,7 @@ def in_any_order(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 _MERGES = {
     "sum": _sum,
     "ties": _ties,
-    "dare": _dare,
+    "dare": _sum,
     "dare-ties": _dare_ties,
     "knots": _knots,
     "tsv": _tsv,

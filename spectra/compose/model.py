@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -170,12 +171,12 @@ def compose(
         raise UsageError(f"{len(weights)} coefficients for {len(updates)} updates: one each, in their order")
     wanted = name_filter(include, exclude)
     whole, sides, notes = open_updates(updates, base, **options)
-    folder = _empty(Path(out))
+    folder = _begun(Path(out))
     deltas = [_by_stored_name(side) for side in sides]
     rows: list[ComposedTensor] = []
     work = {name: float(math.prod(info.shape)) + 1.0 for name, info in whole.infos().items()}
     shards = _shards(whole)
-    with progress_bar(work, progress) as advance:
+    with removed_on_failure(folder), progress_bar(work, progress) as advance:
         for shard, infos in shards.items():
             with ShardWriter(folder / shard, infos) as writer:
                 for info in infos:
@@ -196,8 +197,9 @@ def compose(
         "versions": versions(),
     }
     dropped = {side.label: _dropped(side) for side in sides}
-    composition = Composition(folder, tuple(side.label for side in sides), tuple(rows), dropped, told)
-    _write_record(composition)
+    composition = Composition(Path(out), tuple(side.label for side in sides), tuple(rows), dropped, told)
+    _write_record(composition, folder)
+    _ended(folder, composition.out)
     return composition
 
 
@@ -261,7 +263,13 @@ def _by_stored_name(side: Opened) -> dict[str, AnyDelta]:
                 f"{side.label} stores {delta.tuned_name} otherwise than the base does ({delta.view}): convert one of "
                 "them to the other's layout first"
             )
-        found[delta.base_info.name] = delta
+        stored = delta.base_info.name
+        if stored in found:
+            raise UsageError(
+                f"{side.label} moves {found[stored].name} and {delta.name} each by itself, which the base stores once "
+                f"as {stored}: untie the base's weights first, or leave one of them out by exclude"
+            )
+        found[stored] = delta
     return found
 
 
@@ -279,7 +287,8 @@ def _shards(base: Checkpoint) -> dict[str, list[TensorInfo]]:
     for name, info in base.infos().items():
         if name not in aliases:
             file = Path(info.file)
-            found.setdefault(f"{file.stem}.safetensors", []).append(info)
+            stem = file.stem.replace("pytorch_model", "model")  # what loaders look for beside .safetensors
+            found.setdefault(f"{stem}.safetensors", []).append(info)
     return found
 
 
@@ -297,6 +306,9 @@ def _copy_beside(base: Checkpoint, folder: Path) -> None:
     for path in _beside(root):
         if not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
+    config = dict(base.config)
+    if config.pop("quantization_config", None) is not None:  # the merged weights are plain
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def _beside(root: Path | None) -> Iterator[Path]:
@@ -305,17 +317,36 @@ def _beside(root: Path | None) -> Iterator[Path]:
             yield from sorted(path for path in root.glob(pattern) if not path.name.endswith(".index.json"))
 
 
-def _empty(out: Path) -> Path:
+def _begun(out: Path) -> Path:
+    """A new folder beside `out`, which becomes it when all is written: what is left of an older one goes."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} holds something already; give the merged model a folder of its own")
+    part = out.with_name(f".{out.name}.part")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
     except OSError as error:
-        raise CheckpointError(f"{out} cannot be made: {error.strerror or error}") from error
-    return out
+        raise CheckpointError(f"{part} cannot be made: {error.strerror or error}") from error
+    return part
 
 
-def _write_record(found: Composition) -> None:
+@contextmanager
+def removed_on_failure(part: Path) -> Iterator[None]:
+    """Leave nothing of a folder whose making fails or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _ended(part: Path, out: Path) -> None:
+    if out.exists():
+        out.rmdir()
+    part.rename(out)
+
+
+def _write_record(found: Composition, folder: Path) -> None:
     record = {
         **found.info,
         "labels": list(found.labels),
@@ -323,7 +354,7 @@ def _write_record(found: Composition) -> None:
         "tensors": [_plain(asdict(tensor)) for tensor in found.tensors],
     }
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
-    (found.out / RECORD).write_text(text + "\n", "utf-8")
+    (folder / RECORD).write_text(text + "\n", "utf-8")
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

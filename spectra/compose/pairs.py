@@ -90,18 +90,22 @@ class Interference:
     labels : tuple of str
         Of the updates.
     rows : tuple of PairOfMatrix
+    norms : tuple of float
+        ‖Δ‖_F of every update over all matrices that it changes, shared or not.
     info : dict
         Inputs and versions.
     """
 
     labels: tuple[str, ...]
     rows: tuple[PairOfMatrix, ...]
+    norms: tuple[float, ...]
     info: Mapping[str, Any]
 
     def matrix(self, measure: str) -> NDArray[np.float64]:
-        """A measure of the whole updates, (updates, updates), symmetric.
+        """A measure over all matrices, (updates, updates), symmetric.
 
-        Norms of products are root sums of squares over the matrices, so that large ones count as they do in the model.
+        The cosine is that of the whole updates. The others are over the matrices that both change: norms of products
+        are root sums of squares, so that large matrices count as they do in the model.
 
         Raises
         ------
@@ -130,7 +134,7 @@ class Interference:
         for i, j in itertools.combinations(range(count), 2):
             rows = [row for row in self.rows if (row.i, row.j) == (i, j) and row.norm_i > 0.0 < row.norm_j]
             for name, (values, chances) in found.items():
-                values[i, j], chances[i, j] = _over_all(rows, name)
+                values[i, j], chances[i, j] = _over_all(rows, name, self.norms[i] * self.norms[j])
                 values[j, i], chances[j, i] = values[i, j], chances[i, j]
         return found
 
@@ -139,7 +143,8 @@ class Interference:
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [{k: _plain(v) for k, v in asdict(row).items()} for row in self.rows]
-        content = {"schema": SCHEMA, "labels": list(self.labels), "info": dict(self.info), "rows": rows}
+        content = {"schema": SCHEMA, "labels": list(self.labels), "norms": list(self.norms)}
+        content |= {"info": dict(self.info), "rows": rows}
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
         return path
 
@@ -158,7 +163,7 @@ class Interference:
             if held["schema"] != SCHEMA:
                 raise MismatchError(f"{path}: schema {held['schema']}; this release reads {SCHEMA}")
             rows = tuple(map(_read_row, held["rows"]))
-            return cls(tuple(held["labels"]), rows, held["info"])
+            return cls(tuple(held["labels"]), rows, tuple(held["norms"]), held["info"])
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise MismatchError(f"{path} holds no interference of this project: {error}") from error
 
@@ -218,14 +223,16 @@ def interference(
         for name, delta in side.deltas.items():
             if min(delta.shape) > 1 and is_float(delta.base_info.dtype) and wanted(name):
                 by_name.setdefault(name, {})[position] = delta
-    shared = {name: held for name, held in by_name.items() if len(held) > 1}
-    if not shared:
+    if not any(len(held) > 1 for held in by_name.values()):
         raise UsageError("no matrix is changed by two of the updates; nothing can interfere")
-    work = {name: float(math.prod(next(iter(held.values())).shape)) for name, held in shared.items()}
+    work = {name: float(math.prod(next(iter(held.values())).shape)) for name, held in by_name.items()}
     rows: list[PairOfMatrix] = []
+    squares = [0.0] * len(sides)
     with progress_bar(work, progress) as advance:
-        for name, held in shared.items():
+        for name, held in by_name.items():
             products = {position: product_of(delta) for position, delta in held.items()}
+            for position, product in products.items():
+                squares[position] += product.norm**2
             rows += [_pair(name, i, j, products) for i, j in itertools.combinations(sorted(products), 2)]
             advance(name)
     info = {
@@ -234,7 +241,7 @@ def interference(
         "notes": list(notes),
         "versions": versions(),
     }
-    return Interference(tuple(side.label for side in sides), tuple(rows), info)
+    return Interference(tuple(side.label for side in sides), tuple(rows), tuple(map(math.sqrt, squares)), info)
 
 
 def _pair(name: str, i: int, j: int, products: Mapping[int, Product]) -> PairOfMatrix:
@@ -258,7 +265,7 @@ def _pair(name: str, i: int, j: int, products: Mapping[int, Product]) -> PairOfM
     )
 
 
-def _over_all(rows: Sequence[PairOfMatrix], measure: str) -> tuple[float, float]:
+def _over_all(rows: Sequence[PairOfMatrix], measure: str, whole: float) -> tuple[float, float]:
     """A measure of whole updates, and by chance."""
     if not rows:
         return math.nan, math.nan
@@ -267,7 +274,6 @@ def _over_all(rows: Sequence[PairOfMatrix], measure: str) -> tuple[float, float]
     values = np.array([getattr(row, measure) for row in rows])
     sides = np.array([[row.rows, row.cols] for row in rows], dtype=float)
     if measure == "cosine":
-        whole = math.sqrt(float((norms**2).sum(axis=0).prod()))
         return float((values * products).sum()) / whole, math.sqrt(
             float((products**2 / sides.prod(axis=1)).sum())
         ) / whole

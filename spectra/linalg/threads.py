@@ -8,6 +8,7 @@ all operations of its share alone. torch lets go of the interpreter's lock insid
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
@@ -24,7 +25,8 @@ def in_threads(work: Callable[[int, int], object], count: int, *, unit: int = 1,
     Parameters
     ----------
     work : callable
-        Must not depend on how the range is shared out. In other threads, no gradient is kept.
+        Must not depend on how the range is shared out, nor keep a gradient: where there is more than one share, none
+        is.
     count : int
     unit : int
         Shares begin at multiples of it.
@@ -53,7 +55,7 @@ def each_in_threads(work: Callable[[_T], object], items: Sequence[_T]) -> None:
     ----------
     work : callable
         Must not depend on the order, nor on the thread. torch uses one thread in it, whatever its setting, so that
-        results are the same bits for any number of them. In other threads, no gradient is kept.
+        results are the same bits for any number of them. No gradient is kept.
     items : sequence
 
     Examples
@@ -65,11 +67,18 @@ def each_in_threads(work: Callable[[_T], object], items: Sequence[_T]) -> None:
     """
     inference = torch.is_inference_mode_enabled()  # a thread's own; tensors made under it take no change outside it
     before, left = torch.get_num_threads(), iter(items)  # a list's or a range's iterator may be shared by threads
+    failed = threading.Event()
 
     def run() -> None:
         with torch.inference_mode(inference), torch.no_grad():
             for item in left:
-                work(item)
+                if failed.is_set():  # one thread's error, or an interrupt, ends the others' work too
+                    return
+                try:
+                    work(item)
+                except BaseException:
+                    failed.set()
+                    raise
 
     helpers = min(before, len(items)) - 1
     others = [_pool(helpers, os.getpid()).submit(run) for _ in range(helpers)]

@@ -109,7 +109,9 @@ class DoubleScales:
     @classmethod
     def of(cls, absmax: torch.Tensor) -> DoubleScales:
         """Quantize (blocks,) float32 scales."""
-        offset = absmax.mean()
+        offset = absmax.mean()  # in float32, as bitsandbytes has it; of enormous scales the sum overflows
+        if not bool(torch.isfinite(offset)):
+            offset = absmax.double().mean().float()
         pieces = [_rounded(blocks) for blocks in torch.split(_in_blocks(absmax - offset), _BLOCKS_AT_ONCE)]
         codes = torch.cat([codes for codes, _ in pieces]).flatten()[: len(absmax)]
         return cls(codes.clone(), torch.cat([largest for _, largest in pieces]), offset)
@@ -298,7 +300,7 @@ def _nearest(device: torch.device) -> torch.Tensor:
 def _rounded(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (blocks, 256) and largest absolute entries (blocks,) of blocks of scales about their mean."""
     largest = blocks.abs().amax(1)
-    inverse = torch.where(largest == 0.0, 0.0, 1.0 / largest)
+    inverse = torch.where(largest == 0.0, 0.0, 1.0 / largest.clamp_min(LEAST_SCALE))
     step = ((blocks * inverse[:, None]).clamp_(-1.0, 1.0) + 1.0) * 0.5 * _STEPS + 0.5
     codes = _nearest(blocks.device).index_select(0, step.to(torch.int32).flatten()).view_as(blocks)
     return codes.masked_fill_(largest[:, None] == 0.0, 0), largest

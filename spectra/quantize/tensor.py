@@ -287,6 +287,9 @@ def _in_pieces(work: Callable[[int, int], None], count: int, unit: int, device: 
     in_threads(share, count, unit=unit, least=_QUANTIZED_BY_A_THREAD if device.type == "cpu" else max(1, count))
 
 
+_LARGEST_HALF = torch.finfo(torch.float16).max
+
+
 def _dequantize(quantized: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     """Levels times scales, and minima added, in float32, rounded to the dtype."""
     block, count, bits = quantized.block, quantized.count, quantized.format.bits
@@ -305,6 +308,8 @@ def _dequantize(quantized: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
             if minima is not None:
                 blocks.add_(minima[of, None])
         if room is not None:
+            if dtype == torch.float16:  # a level past the largest half is not infinite
+                part.clamp_(-_LARGEST_HALF, _LARGEST_HALF)
             target.copy_(part)
     return values.view(quantized.shape)
 

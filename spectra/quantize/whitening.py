@@ -83,7 +83,7 @@ def _distance(values: Vector, large: int) -> float:
     Noise without its k leading directions is noise of k rows and columns fewer.
     """
     small = len(values)
-    if small < _FEWEST:
+    if small < _FEWEST or not values.any():  # nothing is left where E has few directions
         return math.nan
     scaled = values**2 * (small / float(values @ values))
     below = 1.0 - marchenko_pastur_tail(scaled, small / large)[0]  # descending

@@ -17,6 +17,7 @@ from spectra.checkpoints import Adapter, Checkpoint, TensorInfo
 from spectra.checkpoints.checkpoint import listed
 from spectra.checkpoints.digests import digest_files
 from spectra.checkpoints.names import layer_and_role
+from spectra.checkpoints.orientation import turned_names
 from spectra.delta import AnyDelta, as_base, is_float, name_filter, opened, pair_checkpoints
 from spectra.errors import MismatchError, UsageError
 from spectra.examples import EXAMPLES, fetch
@@ -24,7 +25,6 @@ from spectra.extract.weighting import aligned
 from spectra.inputs import LEAST_MATCH, matching_info, mismatch_message, physical_memory, side_info, versions
 from spectra.moments import Moments, load_moments
 from spectra.quantize.scheme import Scheme
-from spectra.quantized.orientation import turned_names
 from spectra.record import Record
 from spectra.schedule import Load
 

@@ -159,13 +159,11 @@ def _pooled(scheme: str, found: Sequence[tuple[Mapping[str, Any], Mapping[str, A
     seen = [row.get("seen", math.nan) for row, _ in found]
     shares = [part.get("weighted_mse", math.nan) for part in parts]
     on_inputs = [mass * share for mass, share in zip(seen, shares, strict=True)]
-    moved = sum(row["update_norm"] ** 2 for row, _ in found if "update_norm" in row)
-    beside = sum(error for error, (row, _) in zip(errors, found, strict=True) if "update_norm" in row)
-    strayed = sum(
-        error * (row["update_norm"] * part["cosine_std"]) ** 2
-        for error, (row, part) in zip(errors, found, strict=True)
-        if "update_norm" in row and "cosine_std" in part
-    )
+    # Matrices that the update moves: those that it leaves alone say nothing of how the two meet.
+    met = [(error, row, part) for error, (row, part) in zip(errors, found, strict=True) if "repaired" in part]
+    moved = sum(row["update_norm"] ** 2 for _, row, _ in met)
+    beside = sum(error for error, _, _ in met)
+    strayed = sum(error * (row["update_norm"] * part["cosine_std"]) ** 2 for error, row, part in met)
     return Pooled(
         scheme=scheme,
         matrices=len(found),
@@ -186,7 +184,7 @@ def _pooled(scheme: str, found: Sequence[tuple[Mapping[str, Any], Mapping[str, A
         captured=by_rank("captured", errors),
         chance=by_rank("captured_chance", errors),
         repaired=_mean([part.get("repaired", math.nan) for part in parts], errors),
-        repaired_std=math.sqrt(strayed) / sum(errors) if strayed > 0.0 else math.nan,
+        repaired_std=math.sqrt(strayed) / beside if strayed > 0.0 else math.nan,
         over_update=math.sqrt(beside / moved) if moved > 0.0 else math.nan,
     )
 

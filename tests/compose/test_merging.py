@@ -104,13 +104,39 @@ def test_dare_is_unbiased() -> None:
     """Kept entries are divided by the density: the mean over seeds is the entry, within four standard errors."""
     (one,) = updates(1)
     task = one.dense()
-    draws = torch.stack([dropped(task, 0.25, seed) for seed in range(400)])
+    draws = torch.stack([dropped(task, 0.25, np.random.default_rng(seed)) for seed in range(400)])
     share = float((draws != 0).double().mean())
     assert share == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / draws.numel()) ** 0.5)
     error = (draws.mean(dim=0) - task).abs() / (task.abs() * (3.0 / 400) ** 0.5)  # variance w²(1 − p)/p
     assert float(error.max()) < 4.5
-    assert torch.equal(dropped(task, 0.25, 7), dropped(task, 0.25, 7))
-    assert not torch.equal(dropped(task, 0.25, 7), dropped(-task, 0.25, 7) * -1.0)
+
+
+def test_coefficients_change_no_draw_of_dare() -> None:
+    """What is kept of an update belongs to it and the seed; two updates do not share it."""
+    one, two = updates(2)
+    alone = [merged([task], how("dare", density=0.3)).dense() for task in (one, two)]
+    both = merged([one, two], how("dare", density=0.3), coefficients=[1.0, 0.99]).dense()
+    assert torch.allclose(both, alone[0] + 0.99 * alone[1], atol=1e-14)
+    assert not torch.equal(alone[0] == 0.0, alone[1] == 0.0)
+    assert not torch.equal(alone[0], merged([one], how("dare", density=0.3, seed=1)).dense())
+
+
+def test_tasks_that_share_directions_get_no_others_from_tsv() -> None:
+    """One update twice: what comes out lies in its spaces, to float64's rounding; in whatever order."""
+    one, two = updates(2)
+    found = merged([one, one], Merge("tsv")).dense()
+    u, _, vh = one.svd
+    assert float((found - u @ (u.t() @ found) @ vh.t() @ vh).norm()) < 1e-10
+    shared = [one, Product(two.b, one.a)]
+    assert torch.allclose(merged(shared, Merge("tsv")).dense(), merged(shared[::-1], Merge("tsv")).dense(), atol=1e-10)
+
+
+def test_rounding_is_no_direction_of_knots() -> None:
+    """Constant updates with float32's noise: half of the entries of one direction are kept, and not the noise's."""
+    noise = 1e-7 * torch.randn(12, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tasks = [Product.of(torch.ones(12, 9) + noise), Product.of(torch.ones(12, 9) - noise)]
+    found = merged(tasks, how("knots", density=0.5)).dense()
+    assert float((found - 1.0).abs().lt(1e-5).double().mean()) >= 0.4
 
 
 def test_knots_by_its_definition() -> None:

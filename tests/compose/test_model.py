@@ -14,6 +14,7 @@ from transformers import BertConfig, BertModel
 
 from spectra.compose import Merge, merged
 from spectra.compose.model import RECORD, compose
+from spectra.compose.pairs import Interference, interference
 from spectra.compose.products import Product
 from spectra.errors import MismatchError, NonFiniteMatrix, UsageError
 
@@ -151,7 +152,37 @@ def test_overflow_of_the_dtype(tmp_path: Path) -> None:
     inputs = [tmp_path / "t.safetensors"] * 2
     with pytest.raises(NonFiniteMatrix, match=r"w: 16 of 16 merged entries leave the range of F16"):
         compose(tmp_path / "base.safetensors", inputs, out=tmp_path / "m", progress=False)
-    assert not list((tmp_path / "m").iterdir()), "nothing half is left"
+    assert {path.name for path in tmp_path.iterdir()} == {"base.safetensors", "t.safetensors"}, "nothing half is left"
+
+
+def test_a_failure_in_the_second_shard_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    for k in (1, 2):
+        value = torch.full((2, 2), 60000.0 if k == 2 else 1.0, dtype=torch.float16)
+        save_file({f"w{k}": value}, folder / f"model-0000{k}-of-00002.safetensors")
+    weight_map = {f"w{k}": f"model-0000{k}-of-00002.safetensors" for k in (1, 2)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    save_file({"w1": torch.ones(2, 2), "w2": torch.full((2, 2), 65000.0)}, tmp_path / "t.safetensors")
+    for _ in range(2):
+        with pytest.raises(NonFiniteMatrix, match="w2"):
+            compose(folder, [tmp_path / "t.safetensors"] * 2, out=tmp_path / "m", progress=False)
+    assert not (tmp_path / "m").exists()
+    assert not (tmp_path / ".m.part").exists()
+
+
+def test_cosine_of_whole_updates(tmp_path: Path) -> None:
+    """Matrices that only one of the two changes count in its norm."""
+    base = {name: torch.zeros(4, 4) for name in "abc"}
+    save_file(base, tmp_path / "base.safetensors")
+    same = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    for k, other in enumerate("bc"):
+        save_file(base | {"a": same, other: 3.0 * same}, tmp_path / f"{k}.safetensors")
+    found = interference([tmp_path / "0.safetensors", tmp_path / "1.safetensors"], tmp_path / "base.safetensors")
+    assert found.matrix("cosine")[0, 1] == pytest.approx(0.1, rel=1e-6)
+    assert Interference.load(found.save(tmp_path / "i")).matrix("cosine")[0, 1] == found.matrix("cosine")[0, 1]
+    with pytest.raises(UsageError, match="no measure"):
+        found.matrix("harm")
 
 
 def test_merge_loss_in_half_precision(tmp_path: Path) -> None:
@@ -176,3 +207,13 @@ def test_bad_input(tmp_path: Path, models) -> None:
     save_file({"other": torch.ones(3)}, tmp_path / "other.safetensors")
     with pytest.raises(MismatchError):
         compose(base, [tmp_path / "other.safetensors"], out=tmp_path / "m", progress=False)
+
+
+def test_tied_weights_that_an_update_unties(tmp_path: Path) -> None:
+    """One stored tensor cannot become two: said, and not decided by which comes last."""
+    embedding = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    save_file({"model.embed_tokens.weight": embedding}, tmp_path / "base.safetensors")
+    tuned = {"model.embed_tokens.weight": embedding + 1.0, "lm_head.weight": embedding + 2.0}
+    save_file(tuned, tmp_path / "t.safetensors")
+    with pytest.raises(UsageError, match="stores once as model.embed_tokens.weight"):
+        compose(tmp_path / "base.safetensors", [tmp_path / "t.safetensors"], out=tmp_path / "m", progress=False)

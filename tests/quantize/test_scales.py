@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from spectra.quantize import quantize
 from spectra.quantize.scales import AffineScales, from_tensors, store, store_affine
 
 
@@ -63,3 +64,13 @@ def test_scales_come_back_from_what_is_stored(storage):
         assert torch.equal(again.values(), kept.values())
         if isinstance(kept, AffineScales):
             assert torch.equal(again.minima(), kept.minima())
+
+
+@pytest.mark.parametrize("size", [3e37, 1e-39, 1e-42])
+def test_enormous_and_tiny_scales(size: float) -> None:
+    """Their sum overflows float32, or their inverse does: quantized scales stay finite, and no code is out of range."""
+    weights = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * size
+    found = quantize(weights, "nf4").dequantize()
+    assert bool(torch.isfinite(found).all())
+    if size > 1.0:
+        assert float((found / size - weights / size).norm()) < 0.15 * float((weights / size).norm())

@@ -133,6 +133,7 @@ def test_options_reach_the_comparison(pair: tuple[str, str], tmp_path: Path, mon
     assert seen == {
         "base": "a", "tuned": "b", "rank": 7, "exact": False, "include": "a|b", "exclude": "c", "device": "cpu",
         "max_memory": 500 * 1024**2, "seed": 5, "trust_pickle": True, "offline": True, "allow_partial": True,
+        "quantized": "auto",
     }  # fmt: skip
 
 
@@ -388,7 +389,7 @@ def test_help_teaches_and_is_quick() -> None:
 
 def test_help_says_what_each_option_is_for() -> None:
     options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
-    assert len(options) == 23
+    assert len(options) == 24
     for option in options:
         assert option.help, option.name
         said = option.help.split("  [")[0]
