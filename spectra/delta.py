@@ -74,10 +74,16 @@ class Delta:
         """Read W, (rows, cols), in its stored dtype, as the update sees it."""
         return as_rows(viewed(self.base[self.base_name], self.view, "base"))
 
+    def tuned_weights(self) -> torch.Tensor:
+        """Read the tuned matrix, (rows, cols), in its stored dtype, as the update sees it."""
+        return as_rows(viewed(self.tuned[self.tuned_name], self.view, "tuned"))
+
     def difference(self) -> Difference:
         """Read both tensors and subtract."""
-        base = self.weights()
-        tuned = as_rows(viewed(self.tuned[self.tuned_name], self.view, "tuned"))
+        return self.between(self.weights(), self.tuned_weights())
+
+    def between(self, base: torch.Tensor, tuned: torch.Tensor) -> Difference:
+        """Subtract matrices that have been read."""
         if base.shape != tuned.shape:
             raise MatrixError(f"{self.name}: base is {tuple(base.shape)} but tuned is {tuple(tuned.shape)}")
         return difference(base, tuned, self.base_info.dtype, self.tuned_info.dtype, name=self.name)
@@ -131,9 +137,12 @@ class LowRankDelta:
 
         The base is read once for its norm and for what merging into its dtype would lose.
         """
+        return self.beside(self.weights())
+
+    def beside(self, base: torch.Tensor) -> Difference:
+        """`difference` where the base has been read."""
         b, a = (factor.double() for factor in self.factors())
         b = b * self.update.scale
-        base = self.weights()
         energy, base_energy, lost, zeros = [], [], [], 0
         for w, rows in zip(row_blocks(base), torch.split(b, row_blocks(base)[0].shape[0]), strict=True):
             delta = (rows @ a).to(torch.float32 if w.dtype != torch.float64 else torch.float64)

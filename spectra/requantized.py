@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,8 +17,8 @@ import torch
 from spectra.checkpoints import Adapter
 from spectra.checkpoints.orientation import turned_names
 from spectra.delta import AnyDelta, Delta, LowRankDelta, as_rows, is_float, viewed
-from spectra.difference import Difference, difference
-from spectra.errors import SpectraError, UsageError
+from spectra.difference import Difference
+from spectra.errors import NonFiniteMatrix, SpectraError, UsageError
 from spectra.linalg.matrix import row_blocks
 from spectra.quantize.scheme import Scheme
 
@@ -67,16 +67,18 @@ class RequantizedDelta(Delta):
 
     def difference(self) -> Difference:
         """Read both, quantize the base, and subtract what the update lies nearer to."""
-        found = super().difference()
         assert self.scheme is not None
-        stored = self.weights()
-        rounded = as_rows(viewed(_rounded(self.base[self.base_name], self.scheme, self.turned), self.view, "base"))
-        error = rounded.to(found.matrix.dtype) - stored.to(found.matrix.dtype)
-        energy = _inner(error, error)
-        if energy == 0.0 or _inner(found.matrix, error) < _ALONG * energy:
-            return found
-        tuned = as_rows(viewed(self.tuned[self.tuned_name], self.view, "tuned"))
-        found = difference(rounded, tuned, self.base_info.dtype, self.tuned_info.dtype, name=self.name)
+        stored, tuned = self.base[self.base_name], self.tuned_weights()
+        base = as_rows(viewed(stored, self.view, "base"))
+        try:
+            rounded = as_rows(viewed(_rounded(stored, self.scheme, self.turned), self.view, "base"))
+        except NonFiniteMatrix:
+            return self.between(base, tuned)  # which says of what tensor
+        error = _error(rounded, base)
+        energy, along = _inner(error, error), _inner(tuned, error) - _inner(base, error)
+        if energy == 0.0 or along < _ALONG * energy:
+            return self.between(base, tuned)
+        found = self.between(rounded, tuned)
         return replace(found, more=_share(_inner(found.matrix, error), found.frobenius, energy).columns())
 
 
@@ -89,12 +91,12 @@ class RequantizedLowRankDelta(LowRankDelta):
 
     def difference(self) -> Difference:
         """As of any adapter; ⟨BA, E⟩ is taken from the factors."""
-        found = super().difference()
         assert self.scheme is not None
         stored = self.weights()
-        error = as_rows(_rounded(stored, self.scheme, self.turned)).float() - stored.float()
+        found, error = self.beside(stored), _error(as_rows(_rounded(stored, self.scheme, self.turned)), stored)
         b, a = (factor.double() for factor in self.factors())
-        inner = self.update.scale * float(((b.t() @ error.double()) * a).sum())
+        rows = zip(row_blocks(error), torch.split(b, row_blocks(error)[0].shape[0]), strict=True)
+        inner = self.update.scale * math.fsum(float((part.t() @ e.double() * a).sum()) for e, part in rows)
         return replace(found, more=_share(inner, found.frobenius, _inner(error, error)).columns())
 
 
@@ -189,21 +191,32 @@ def recognised(deltas: Mapping[str, AnyDelta], schemes: Iterable[str] = SCHEMES)
 _LEAST_SIDE = 64
 
 
-def _nearest(delta: Delta, schemes: Iterable[Scheme], *, turned: bool) -> Scheme | None:
+def _nearest(delta: Delta, schemes: Sequence[Scheme], *, turned: bool) -> Scheme | None:
     """The scheme whose Ŵ is nearest to the tuned matrix, if the update lies along its error."""
     try:
-        moved, stored = delta.dense().double(), delta.weights()
-        candidates = [(scheme, as_rows(_rounded(stored, scheme, turned)).double()) for scheme in schemes]
+        stored = delta.weights()
+        moved = delta.between(stored, delta.tuned_weights()).matrix
+        if not turned:  # most updates are along no format's error, which a few rows tell
+            few = max(1, _GLANCE // stored.shape[1])
+            schemes = [s for s in schemes if _along(moved[:few], stored[:few], s, turned=False) is not None]
+        left = {scheme: _along(moved, stored, scheme, turned=turned) for scheme in schemes}
     except (SpectraError, OSError):
         return None  # its row will say why
-    best: tuple[float, Scheme] | None = None
-    for scheme, rounded in candidates:
-        error = rounded - stored.double()
-        energy = _inner(error, error)
-        left = _inner(moved - error, moved - error)
-        if energy > 0.0 and _inner(moved, error) >= _ALONG * energy and (best is None or left < best[0]):
-            best = left, scheme
-    return None if best is None else best[1]
+    found = {scheme: norm for scheme, norm in left.items() if norm is not None}
+    return min(found, key=found.__getitem__) if found else None
+
+
+# Entries that a format is ruled out by: √(their number) is what the coefficient along E, 0 or 1, stands out of.
+_GLANCE = 1 << 17
+
+
+def _along(moved: torch.Tensor, stored: torch.Tensor, scheme: Scheme, *, turned: bool) -> float | None:
+    """‖update − E‖² where the update lies along the error E of a scheme, None where it does not."""
+    error = _error(as_rows(_rounded(stored, scheme, turned)), stored)
+    energy = _inner(error, error)
+    if energy == 0.0 or _inner(moved, error) < _ALONG * energy:
+        return None
+    return _inner(moved - error, moved - error)
 
 
 def _rounded(stored: torch.Tensor, scheme: Scheme, turned: bool) -> torch.Tensor:
@@ -221,6 +234,12 @@ def _turned(deltas: Mapping[str, AnyDelta]) -> frozenset[str]:
     """Stored names of the base's weights that are (in, out)."""
     base = next((delta.base for delta in deltas.values()), None)
     return frozenset() if base is None else turned_names(base.infos(), base.config)
+
+
+def _error(rounded: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """Ŵ − W, float32 or float64."""
+    wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
+    return rounded.to(wide) - stored.to(wide)
 
 
 def _share(inner: float, norm: float, energy: float) -> QuantizationShare:

@@ -24,6 +24,7 @@ from spectra.delta import AnyDelta
 from spectra.inputs import progress_bar
 from spectra.journal import Journal
 from spectra.record import Question, Record, measured, measured_together
+from spectra.requantized import RequantizedDelta, RequantizedLowRankDelta
 
 if TYPE_CHECKING:
     from spectra.comparison import Plan
@@ -246,9 +247,10 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def resident_bytes(delta: AnyDelta) -> int:
-    """Bytes of both tensors as they are read, and of their difference."""
+    """Bytes of both tensors as they are read, and of their difference; of a requantized base also Ŵ and the error."""
     wide = 8 if "F64" in (delta.base_info.dtype, delta.tuned_info.dtype) else 4
-    return delta.base_info.read_bytes + delta.tuned_info.read_bytes + wide * math.prod(delta.shape)
+    matrices = 3 if isinstance(delta, RequantizedDelta | RequantizedLowRankDelta) else 1
+    return delta.base_info.read_bytes + delta.tuned_info.read_bytes + matrices * wide * math.prod(delta.shape)
 
 
 def _peak_bytes(delta: AnyDelta) -> int:

@@ -47,6 +47,7 @@ class _WithMethods(click.Command):
 @click.argument("base", metavar="BASE")
 @click.argument("updates", metavar="UPDATE…", nargs=-1, required=True)
 @click.option("--out", metavar="DIR", help="Write the merged model here; without it, only interference is told.")
+@click.option("--interference", "told", is_flag=True, help="With --out, tell interference too; it reads the updates once more.")  # fmt: skip # noqa: E501
 @click.option("--method", default="sum", show_default=True, metavar="NAME", help="One of the methods below.")
 @click.option("--coefficients", callback=parse_numbers, metavar="A,B,…", help="What each update is multiplied by.  [default: 1 each]")  # fmt: skip # noqa: E501
 @click.option("--scale", type=float, default=1.0, show_default=True, metavar="X", help="What the merged update is multiplied by.")  # fmt: skip # noqa: E501
@@ -65,8 +66,8 @@ def command(base: str, updates: tuple[str, ...], out: str | None, **flags: Any) 
     """Merge updates of one model, and say how far they get into each other's way.
 
     BASE is the model that all of them were trained from; an UPDATE is a fine-tuned model or a PEFT adapter. The merged
-    model has BASE's files and dtypes, and composition.json with what every tensor lost on storing;
-    interference.json has every pair of updates in every matrix, beside what chance would give.
+    model has BASE's files and dtypes, and composition.json with what every tensor lost on storing. Interference is told
+    of every pair of updates, beside what chance would give; with --interference its matrices are written, too.
 
     \b
     Examples:
@@ -98,7 +99,7 @@ def command(base: str, updates: tuple[str, ...], out: str | None, **flags: Any) 
     if out is not None:
         with interrupted_as("nothing was merged; the same command begins anew"):
             merged = compose(base, updates, out=out, how=how, coefficients=flags["coefficients"], **shared)
-    if len(updates) > 1:
+    if len(updates) > 1 and (out is None or flags["told"]):
         found = interference(updates, base, **shared)
         if not flags["quiet"]:
             say(printable(table(found)))

@@ -176,7 +176,7 @@ def compose(
     rows: list[ComposedTensor] = []
     work = {name: float(math.prod(info.shape)) + 1.0 for name, info in whole.infos().items()}
     shards = _shards(whole)
-    with removed_on_failure(folder), progress_bar(work, progress) as advance:
+    with _removed_on_failure(folder), progress_bar(work, progress) as advance:
         for shard, infos in shards.items():
             with ShardWriter(folder / shard, infos) as writer:
                 for info in infos:
@@ -185,8 +185,8 @@ def compose(
                     rows.append(row if wanted(info.name) else _left_out(row))
                     writer.write(info.name, tensor)
                     advance(info.name)
-    _index(folder, shards)
-    _copy_beside(whole, folder)
+        _index(folder, shards)
+        _copy_beside(whole, folder)
     told = {
         "schema": SCHEMA,
         "base": side_info(whole),
@@ -331,7 +331,7 @@ def _begun(out: Path) -> Path:
 
 
 @contextmanager
-def removed_on_failure(part: Path) -> Iterator[None]:
+def _removed_on_failure(part: Path) -> Iterator[None]:
     """Leave nothing of a folder whose making fails or is interrupted."""
     try:
         yield

@@ -9,12 +9,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from spectra.errors import JournalError
 from spectra.intrinsic.plot import KEY, draw, metric_text
 from spectra.intrinsic.result import IntrinsicDimension
 from spectra.intrinsic.trial import Trial
 from spectra.report.drawing import Drawing, inline
-from spectra.report.files import write_atomically
+from spectra.report.files import figures_folder, write_atomically
 from spectra.report.html import render, scoped, short, style_of
 from spectra.report.text import counted, elide, grouped, number, visible
 
@@ -52,10 +51,7 @@ def write_page(found: IntrinsicDimension, out: str | os.PathLike[str]) -> list[P
         If a file cannot be written; whatever stood there before is whole.
     """
     folder = Path(out)
-    figures = folder / "figures"
-    if figures.is_symlink():
-        raise JournalError(f"{figures} is a symbolic link; the page is written inside {folder} only: remove the link")
-    figures.mkdir(parents=True, exist_ok=True)
+    figures = figures_folder(folder)
     drawing, bitmap = draw(found)
     return [
         write_atomically(folder / PAGE, render_page(found, drawing).encode()),

@@ -10,7 +10,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from spectra.errors import JournalError
 from spectra.quantized.build import Findings, findings, summary
 from spectra.quantized.figures import draw_figures
 from spectra.quantized.glossary import GENERAL, TERMS
@@ -19,7 +18,7 @@ from spectra.quantized.pooled import Pooled, decibels
 from spectra.quantized.result import PARQUET, QuantizedRun
 from spectra.quantized.running import FRACTIONS, kept_places
 from spectra.report.drawing import Drawing, inline
-from spectra.report.files import write_atomically
+from spectra.report.files import figures_folder, write_atomically
 from spectra.report.html import Line, line, render, script_of, short, source, style_of
 from spectra.report.text import counted, dump, elide, finite, number, percent, visible
 
@@ -61,10 +60,7 @@ def write_page(run: QuantizedRun, out: str | os.PathLike[str], *, found: Finding
         If a file cannot be written; whatever stood there before is whole.
     """
     folder = Path(out)
-    figures = folder / "figures"
-    if figures.is_symlink():
-        raise JournalError(f"{figures} is a symbolic link; the page is written inside {folder} only: remove the link")
-    figures.mkdir(parents=True, exist_ok=True)
+    figures = figures_folder(folder)
     found = findings(run) if found is None else found
     drawings = draw_figures(run)
     table = run.save(folder)

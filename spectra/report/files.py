@@ -82,15 +82,32 @@ def write_folder(
     JournalError
         If ``figures`` is a symbolic link.
     """
-    figures = folder / "figures"
-    if figures.is_symlink():
-        raise JournalError(f"{figures} is a symbolic link; the report writes inside {folder} only: remove the link")
-    figures.mkdir(parents=True, exist_ok=True)
+    figures = figures_folder(folder)
     save(folder)
     texts = {"report.html": page, **{f"{stem}.json": dump(value, indent=1) + "\n" for stem, value in told.items()}}
     written = [write_atomically(folder / name, text.encode()) for name, text in texts.items()]
     written += [write_atomically(figures / f"{drawing.key}.svg", drawing.svg) for drawing in drawings]
     return [*written[:1], folder / saved, *written[1:]]
+
+
+def figures_folder(folder: Path) -> Path:
+    """Give ``figures/`` of an output folder, made with it if need be.
+
+    Parameters
+    ----------
+    folder : Path
+        Where a page goes.
+
+    Raises
+    ------
+    JournalError
+        If it is a symbolic link: what it points to is not the caller's folder.
+    """
+    figures = folder / "figures"
+    if figures.is_symlink():
+        raise JournalError(f"{figures} is a symbolic link; pages are written inside {folder} only: remove the link")
+    figures.mkdir(parents=True, exist_ok=True)
+    return figures
 
 
 def write_atomically(path: Path, content: bytes) -> Path:

@@ -138,7 +138,11 @@ def train(
                             step = replace(step, metrics=evaluate(model))
                     metrics.write(step.record())
                     stopping = run.agreed(held.received is not None)
-                    if stopping or (config.save_every and _due(step.number, config.save_every, config)):
+                    kept = stopping or bool(config.save_every and _due(step.number, config.save_every, config))
+                    if kept:
+                        save(run, step.number)
+                    # A signal that came after the question ends the process when the block is left: it is heard too.
+                    if not kept and held.received is not None and run.accelerator.num_processes == 1:
                         save(run, step.number)
                     if stopping and held.received is None:  # another process was told to stop
                         raise KeyboardInterrupt

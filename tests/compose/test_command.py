@@ -23,7 +23,7 @@ def models(tmp_path: Path) -> list[str]:
 
 
 def test_merge(tmp_path: Path, models: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*models, "--out", str(tmp_path / "m"), "--coefficients", "1,-0.5", "-q"]) == 0
+    assert main([*models, "--out", str(tmp_path / "m"), "--coefficients", "1,-0.5", "--interference", "-q"]) == 0
     w, one, two = (load_file(path)["a.weight"] for path in models)
     out = load_file(tmp_path / "m" / "base.safetensors")["a.weight"]
     assert torch.allclose(out, w + (one - w) - 0.5 * (two - w), atol=1e-6)

@@ -200,3 +200,8 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(UsageError):
             Merge(**bad)  # type: ignore[arg-type]
+
+
+def test_a_share_of_entries_is_counted_in_decimals() -> None:
+    """.29 of 100 entries are 29, though binary's .29 · 100 lies below."""
+    assert int(torch.count_nonzero(ties([torch.arange(1.0, 101.0).double().view(10, 10)], 0.29))) == 29

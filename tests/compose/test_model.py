@@ -217,3 +217,29 @@ def test_tied_weights_that_an_update_unties(tmp_path: Path) -> None:
     save_file(tuned, tmp_path / "t.safetensors")
     with pytest.raises(UsageError, match=r"stores once as model\.embed_tokens\.weight"):
         compose(tmp_path / "base.safetensors", [tmp_path / "t.safetensors"], out=tmp_path / "m", progress=False)
+
+
+def test_a_quantized_base_is_written_plain(tmp_path: Path) -> None:
+    """Its weights are read dequantized; a configuration that called them codes would not load."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    codes, state = functional.quantize_4bit(weight, quant_type="nf4")
+    folder = tmp_path / "base"
+    folder.mkdir()
+    stored = {"w": codes} | {f"w.{key}": value for key, value in state.as_dict(packed=True).items()}
+    save_file(stored, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "bert", "quantization_config": {"load_in_4bit": true}}')
+    plain = functional.dequantize_4bit(codes, state)
+    save_file({"w": plain + 1.0}, tmp_path / "t.safetensors")
+    compose(folder, [tmp_path / "t.safetensors"], out=tmp_path / "m", progress=False)
+    assert torch.allclose(load_file(tmp_path / "m" / "model.safetensors")["w"], plain + 1.0, atol=1e-6)
+    assert json.loads((tmp_path / "m" / "config.json").read_text()) == {"model_type": "bert"}
+
+
+def test_a_pickled_base_becomes_what_loaders_look_for(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    torch.save({"w": torch.zeros(2, 2)}, folder / "pytorch_model.bin")
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "t.safetensors")
+    compose(folder, [tmp_path / "t.safetensors"], out=tmp_path / "m", trust_pickle=True, progress=False)
+    assert torch.equal(load_file(tmp_path / "m" / "model.safetensors")["w"], torch.ones(2, 2))

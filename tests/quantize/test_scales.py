@@ -74,3 +74,9 @@ def test_enormous_and_tiny_scales(size: float) -> None:
     assert bool(torch.isfinite(found).all())
     if size > 1.0:
         assert float((found / size - weights / size).norm()) < 0.15 * float((weights / size).norm())
+
+
+def test_no_half_is_infinite() -> None:
+    """Levels past the largest half, which a quantized scale may reach, stay the largest half."""
+    weights = torch.linspace(-65504.0, 65504.0, 64 * 64).view(64, 64).half()
+    assert bool(torch.isfinite(quantize(weights, "int4-affine").dequantize()).all())

@@ -1,0 +1,1 @@
+"""The quantize command: its numbers, its page, its files."""

@@ -158,6 +158,18 @@ def test_the_other_way_round(model: str, tmp_path: Path) -> None:
     assert "of the update back" in dict(run.sentences)["update"]
 
 
+def test_matrices_that_an_update_leaves_alone_do_not_count(model: str, tmp_path: Path) -> None:
+    """Of three matrices one moves, by its own error: all of that is made up for, whatever the others lost."""
+    name = next(name for name, tensor in weights().items() if tensor.dim() == 2)
+    tuned = {n: t + error_of(t, "nf4").float() if n == name else t for n, t in weights().items()}
+    run = quantization(model, ["nf4"], tuned=saved(tmp_path / "tuned", tuned), ranks=(4, 16), progress=False)
+    found, entries = run.pooled[0], weights()[name].numel()
+    assert found.matrices == 3
+    assert found.repaired == pytest.approx(1.0, abs=1e-5)
+    assert found.over_update == pytest.approx(1.0, abs=1e-5)
+    assert found.repaired_std == pytest.approx(entries**-0.5, rel=1e-3)
+
+
 def test_calibration(model: str, tmp_path: Path) -> None:
     """Inputs alike in every direction weigh nothing; inputs of one direction are one that rank 4 takes back whole."""
     name = "bert.layer.0.query"

@@ -13,6 +13,7 @@ import torch
 from spectra.errors import TrainingError
 from spectra.methods import AdaLoRA, LoRA
 from spectra.train import TrainConfig, train
+from spectra.train.setup import Run
 from tests.train.killed import run
 from tests.train.tiny import Line, lora_bert, points, squares, texts
 
@@ -122,6 +123,22 @@ def test_the_line_that_was_cut_short_is_dropped(tmp_path):
         stream.write('{"step": 3, "lo')
     list(train(lora_bert(), texts, config(tmp_path, save_every=2, resume=True)))
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 9))
+
+
+def test_a_signal_after_the_question_is_heard_too(tmp_path, monkeypatch):
+    """It comes when a step has asked whether to stop, and before the step has ended: the step is saved all the same."""
+    asked = Run.agreed
+
+    def agreed(self, flag):
+        found = asked(self, flag)
+        if len(lines(tmp_path)) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(Run, "agreed", agreed)
+    with pytest.raises(KeyboardInterrupt):
+        list(train(lora_bert(), texts, config(tmp_path, save_every=8)))
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == len(lines(tmp_path)) == 3
 
 
 # --- another process is killed --------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Composition: products, interference, merges, merged checkpoints, the command."""
