@@ -110,7 +110,7 @@ def test_some_matrices_only(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_makes_up_for_the_error(tmp_path: Path) -> None:
-    """The error's own leading directions, as an adapter: it undoes their share of ‖E‖²; the record names the format."""
+    """The error's own leading directions, as an adapter: it undoes their share of ‖E‖², scale and all; the record names the format."""
     base, tensors = model(tmp_path)
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -119,14 +119,14 @@ def test_an_adapter_that_makes_up_for_the_error(tmp_path: Path) -> None:
         error = Scheme.parse("nf4").quantize(tensors[name]).dequantize() - tensors[name]
         u, s, vh = torch.linalg.svd(-error)
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        state[f"{module}.lora_A.weight"] = (s[:RANK, None] * vh[:RANK]).contiguous()
+        state[f"{module}.lora_A.weight"] = (0.5 * s[:RANK, None] * vh[:RANK]).contiguous()
         state[f"{module}.lora_B.weight"] = u[:, :RANK].contiguous()
         shares[name] = float(s[:RANK].square().sum() / s.square().sum())
     save_file(state, folder / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA",
         "r": RANK,
-        "lora_alpha": RANK,
+        "lora_alpha": 2 * RANK,
         "target_modules": ["a"],
         "base_model_name_or_path": "x",
     }
