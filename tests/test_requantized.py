@@ -110,7 +110,7 @@ def test_some_matrices_only(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_makes_up_for_the_error(tmp_path: Path) -> None:
-    """The error's own leading directions, as an adapter: it undoes their share of ‖E‖², scale and all; the record names the format."""
+    """The error's leading directions, as an adapter: it undoes their share of ‖E‖²; the record names the format."""
     base, tensors = model(tmp_path)
     folder = tmp_path / "adapter"
     folder.mkdir()
